@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` runs the main job, `make test` the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The demo runs on seeded random weights, so that it needs no network; with one, try
+#   make demo WEIGHTS=IMAGENET1K_V2
+WEIGHTS ?=
+
+.PHONY: demo test check format schema clean
+.DELETE_ON_ERROR:
+
+$(VENV)/core.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/core.stamp
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/core.stamp
+	$(BIN)/backbone describe resnet50 --image-size 512 600
+	$(BIN)/backbone extract --config configs/demo.yaml --out out/demo \
+		$(if $(WEIGHTS),--weights $(WEIGHTS)) \
+		--images "$$($(BIN)/python -c 'import matplotlib.cbook as c; print(c.get_sample_data("grace_hopper.jpg", asfileobj=False))')"
+
+test: $(VENV)/test.stamp
+	$(BIN)/pytest
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+schema: $(VENV)/core.stamp
+	$(BIN)/python -c 'from backbone.config import json_schema; print(json_schema(), end="")' > configs/schema.json
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,113 @@
+"""The two residual blocks of the ResNet family (arXiv:1512.03385, figure 5), under torchvision's names."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from backbone.fused import conv_norm_act
+from backbone.norm import NormLayer
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (ResNet-18 and -34).
+
+    Args:
+        in_channels: Channels of the input.
+        width: Channels of both convolutions and of the output.
+        stride: Stride of the first convolution and of the shortcut.
+        first_dilation: Dilation of the first convolution.
+        dilation: Dilation of the second.
+        norm: Constructor of the norm layers.
+    """
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, first_dilation: int, dilation: int, norm: NormLayer
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, width, stride, first_dilation)
+        self.bn1 = norm(width)
+        self.conv2 = conv3x3(width, width, 1, dilation)
+        self.bn2 = norm(width)
+        self.downsample = projection(in_channels, width, stride, norm)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm before the shortcut is added."""
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, in_channels, H, W) -> (N, width, H / stride, W / stride); sizes round up."""
+        out = conv_norm_act(x, self.conv1, self.bn1)
+        return conv_norm_act(out, self.conv2, self.bn2, residual=project(x, self.downsample))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut (ResNet-50 and deeper, ResNeXt, Wide ResNet).
+
+    Args:
+        in_channels: Channels of the input.
+        width: Channels of the first two convolutions.
+        out_channels: Channels of the output.
+        stride: Stride of the block.
+        dilation: Dilation of the 3x3 convolution.
+        groups: Groups of the 3x3 convolution (ResNeXt's cardinality, arXiv:1611.05431).
+        stride_in_1x1: Whether the first 1x1 strides (v1) rather than the 3x3 (v1.5).
+        norm: Constructor of the norm layers.
+    """
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        out_channels: int,
+        stride: int,
+        dilation: int,
+        groups: int,
+        stride_in_1x1: bool,
+        norm: NormLayer,
+    ) -> None:
+        super().__init__()
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride_1x1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = conv3x3(width, width, stride_3x3, dilation, groups)
+        self.bn2 = norm(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = norm(out_channels)
+        self.downsample = projection(in_channels, out_channels, stride, norm)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm before the shortcut is added."""
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up."""
+        out = conv_norm_act(x, self.conv1, self.bn1)
+        out = conv_norm_act(out, self.conv2, self.bn2)
+        return conv_norm_act(out, self.conv3, self.bn3, residual=project(x, self.downsample))
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int, groups: int = 1) -> nn.Conv2d:
+    """Return a 3x3 convolution whose output is the input size divided by ``stride``, rounded up."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, groups, bias=False)
+
+
+def projection(in_channels: int, out_channels: int, stride: int, norm: NormLayer) -> nn.Sequential | None:
+    """Return the shortcut's 1x1 convolution and norm, or None where the shortcut is the identity."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+
+
+def project(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
+    """Return the shortcut of a block: ``x`` itself, or its projection."""
+    if downsample is None:
+        return x
+    conv, norm = downsample
+    assert isinstance(conv, nn.Conv2d)
+    return conv_norm_act(x, conv, norm, relu=False)

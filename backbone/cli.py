@@ -1,0 +1,197 @@
+"""The installed command ``backbone``: list, describe, extract."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from pydantic import ValidationError
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from backbone.builder import build_backbone
+from backbone.config import BackboneConfig, explain, load_config
+from backbone.describe import Description, describe
+from backbone.extract import extract_features, find_images, read_image, save_features, save_picture
+from backbone.features import Backbone
+from backbone.registry import list_backbones
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+errors = Console(stderr=True)
+
+EXIT_USAGE = 2
+IMAGENET_SIZE = (224, 224)
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*",
+) -> None:
+    """List the backbones that a config can name."""
+    names = list_backbones(pattern)
+    if not names:
+        _fail(f"no backbone matches {pattern!r}; `backbone list` shows them all")
+    for name in names:
+        print(name)
+
+
+@app.command("describe")
+def describe_command(
+    backbone: Annotated[str, typer.Argument(metavar="NAME|CONFIG", help="Registered name or YAML file.")],
+    image_size: Annotated[
+        tuple[int, int], typer.Option(metavar="H W", min=1, help="Image height and width in pixels.")
+    ] = IMAGENET_SIZE,
+) -> None:
+    """Show each stage's shape, parameters and operations."""
+    with _readable_errors():
+        is_file = Path(backbone).suffix in (".yaml", ".yml")
+        config = load_config(backbone) if is_file else BackboneConfig(name=backbone)
+        with torch.device("meta"):  # shapes and counts only: no memory, no weights
+            model = _build(config.model_copy(update={"weights": None}))
+        description = describe(model, image_size, in_channels=config.in_channels)
+    _print_description(config.name, image_size, description)
+
+
+@app.command("extract")
+def extract_command(
+    images: Annotated[list[Path], typer.Option("--images", help="Photos, or folders of photos.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")],
+    more_images: Annotated[list[Path] | None, typer.Argument(metavar="[PATHS]...", help="More photos.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Backbone recipe (YAML).")] = None,
+    name: Annotated[str | None, typer.Option(help="Registered name, in place of a recipe.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights name or checkpoint; overrides the recipe's.")] = None,
+    shorter_side: Annotated[int | None, typer.Option(min=1, help="Resize to this shorter side, in pixels.")] = None,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+) -> None:
+    """Write each photo's C2-C5 as OUT/<stem>.safetensors and a picture of them as OUT/<stem>.png."""
+    with _readable_errors():
+        settings = _settings(config, name, weights)
+        photos = find_images([*images, *(more_images or [])])
+        target = _device(device)
+        _make_writable(out)
+        torch.manual_seed(0)  # without weights, the same random network each time
+        model = _build(settings).to(target).eval()
+        if settings.weights is None:
+            errors.print("[yellow]note[/]: random weights (seed 0); for meaning, add --weights IMAGENET1K_V2")
+    failures = []
+    columns = (TextColumn("extract"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        for photo in progress.track(photos):
+            try:
+                image = read_image(photo, shorter_side=shorter_side)
+                features = extract_features(model, image)
+                save_features(features, out / f"{photo.stem}.safetensors")
+                save_picture(image, features, model.feature_specs, out / f"{photo.stem}.png")
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                failures.append(photo)
+                errors.print(f"[red]error[/]: {_one_line(error, photo)}", soft_wrap=True)
+            else:
+                console.print(f"{out / photo.stem}.safetensors\n{out / photo.stem}.png", soft_wrap=True)
+    if failures:
+        errors.print(f"{len(failures)} of {len(photos)} images failed", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _settings(config: Path | None, name: str | None, weights: str | None) -> BackboneConfig:
+    if (config is None) == (name is None):
+        raise ValueError("give exactly one of --config FILE and --name NAME")
+    settings = load_config(config) if config else BackboneConfig(name=str(name))
+    if weights is not None:
+        settings = settings.model_copy(update={"weights": weights})
+    if settings.in_channels != 3:  # noqa: PLR2004
+        raise ValueError(f"extract reads RGB photos: in_channels must be 3, got {settings.in_channels}")
+    return settings
+
+
+def _build(settings: BackboneConfig) -> Backbone:
+    with warnings.catch_warnings():  # nothing trains here, so nothing is lost by freezing it at random
+        warnings.filterwarnings("ignore", message=".*frozen at random weights")
+        return build_backbone(settings)
+
+
+def _device(device: Device) -> torch.device:
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA device, and torch sees none; use --device cpu or auto")
+    cuda = device is not Device.CPU and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out must be a folder that can be written, got {folder} ({error.strerror})") from None
+
+
+def _print_description(name: str, image_size: tuple[int, int], description: Description) -> None:
+    height, width = image_size
+    table = Table(title=f"{name}, image {height} x {width}", title_justify="left", box=box.SIMPLE, padding=0)
+    table.add_column("stage")
+    for column in ("blocks", "channels", "stride", "dilation", "H x W", "parameters", "GFLOPs"):
+        table.add_column(column, justify="right")
+    table.add_column("frozen")
+    for stage in description.stages:
+        table.add_row(
+            stage.name,
+            str(stage.blocks or "-"),
+            str(stage.channels),
+            str(stage.stride),
+            ", ".join(map(str, stage.dilations)) or "-",
+            f"{stage.size[0]}x{stage.size[1]}",
+            f"{stage.parameters:,}",
+            f"{stage.multiply_adds / 1e9:.2f}",
+            "yes" if stage.frozen else "no",
+        )
+    outside = description.parameters - sum(stage.parameters for stage in description.stages)
+    if outside:
+        table.add_row("classifier", "-", "-", "-", "-", "-", f"{outside:,}", "0.00", "no")
+    total = f"{description.multiply_adds / 1e9:.2f}"
+    table.add_section()
+    table.add_row("total", "", "", "", "", "", f"{description.parameters:,}", total, "")
+    console.print(table)
+    console.print(f"{description.megabytes:.1f} MB of weights. GFLOPs are 10^9 multiply-adds for one image.")
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Turn what a user can mend into one message and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except ValidationError as error:
+        _fail("\n".join(explain(error)))
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print("[red]error[/]:", end=" ")
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def _one_line(error: Exception, photo: Path) -> str:
+    message = " ".join(str(error).split())
+    return message if str(photo) in message else f"{photo}: {message}"

@@ -1,0 +1,196 @@
+"""What a user writes in YAML, checked before anything is built. This file knows no torch."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from backbone.stages import STAGE_NAMES
+
+NormName = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+FeatureName = Literal["c2", "c3", "c4", "c5"]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known word, or nothing when none is near."""
+    nearest = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _rule(text: str) -> WrapValidator:
+    """State the rule in the field's own words, with the value received, in place of pydantic's message."""
+
+    def check(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(f"{text}, got {value!r}") from None
+
+    return WrapValidator(check)
+
+
+class StrictModel(BaseModel):
+    """A frozen settings object: unknown keys are errors, and no value is converted behind the user's back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: object) -> object:
+        if isinstance(data, dict):
+            unknown = [key for key in data if key not in cls.model_fields]
+            if unknown:
+                hints = [f"unknown key {key!r}{did_you_mean(key, cls.model_fields)}" for key in unknown]
+                raise ValueError(f"{', '.join(hints)} known keys: {', '.join(cls.model_fields)}")
+        return data
+
+
+class BackboneConfig(StrictModel):
+    """Everything that decides which backbone is built and in what state it arrives.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) for an unknown key, a wrong type or an impossible combination.
+    """
+
+    name: Annotated[str, Field(min_length=1), _rule("must be a backbone's name, such as resnet50")] = Field(
+        description="Registered name; `backbone list` shows them all."
+    )
+    weights: Annotated[
+        str | None,
+        BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
+        _rule("must be null, a torchvision weights name such as IMAGENET1K_V2, or a .pth or .safetensors path"),
+    ] = Field(default=None, description="torchvision weights name (IMAGENET1K_V1, IMAGENET1K_V2) or a checkpoint path.")
+    norm: Annotated[NormName, _rule("must be frozen_bn, bn, sync_bn or gn")] = Field(
+        default="frozen_bn", description="Norm layers. frozen_bn never trains; the others do, outside frozen stages."
+    )
+    freeze_at: Annotated[
+        int, Field(ge=0, le=5), _rule("must be 0 to 5 (stages counted from the stem; 0 freezes nothing)")
+    ] = Field(default=0, description="Freeze the first n of stem, C2, C3, C4, C5 (detectron2's FREEZE_AT).")
+    output_stride: Annotated[Literal[32, 16, 8], _rule("must be 32, 16 or 8 (image pixels)")] = Field(
+        default=32, description="Largest stride; stages beyond it dilate instead."
+    )
+    dilate_first_block: Annotated[bool, _rule("must be true or false")] = Field(
+        default=False,
+        description="Dilation of the first block in a dilated stage: false keeps the previous one (torchvision, "
+        "timm), true takes the new one (detectron2, mmdetection, SMP).",
+    )
+    stride_in_1x1: Annotated[bool, _rule("must be true or false")] = Field(
+        default=False,
+        description="Bottleneck stride in the first 1x1 (v1: the paper's, MSRA/Caffe2 weights) instead of the "
+        "3x3 (v1.5: torchvision's weights).",
+    )
+    in_channels: Annotated[int, Field(ge=1), _rule("must be an integer of at least 1")] = Field(
+        default=3, description="Channels of the input images."
+    )
+    out_features: Annotated[
+        tuple[FeatureName, ...],
+        Field(min_length=1, strict=False),
+        _rule("must be a list of one or more of c2, c3, c4, c5"),
+    ] = Field(default=("c2", "c3", "c4", "c5"), description="Feature maps to return; later stages are not built.")
+    num_classes: Annotated[
+        int | None, Field(ge=1), _rule("must be null or an integer of at least 1 (classes of the classifier)")
+    ] = Field(default=None, description="Adds the ImageNet classifier and `logits` to the outputs.")
+    zero_init_residual: Annotated[bool, _rule("must be true or false")] = Field(
+        default=False,
+        description="Start the last norm of every block at zero, so that a block starts as the identity "
+        "(arXiv:1706.02677). Useful with trained norms only.",
+    )
+    checkpoint_stages: Annotated[
+        tuple[FeatureName, ...], Field(strict=False), _rule("must be a list of c2, c3, c4, c5")
+    ] = Field(default=(), description="Stages that recompute their activations in backward to save memory.")
+
+    @model_validator(mode="after")
+    def _refuse_impossible_combinations(self) -> "BackboneConfig":
+        for key in ("out_features", "checkpoint_stages"):
+            names = getattr(self, key)
+            if len(set(names)) != len(names):
+                raise ValueError(f"{key} must not repeat a stage, got {list(names)}")
+        unbuilt = set(self.checkpoint_stages) - set(self.built_stages)
+        if unbuilt:
+            raise ValueError(
+                f"checkpoint_stages must be among the stages that are built, {', '.join(self.built_stages)}; "
+                f"got {', '.join(sorted(unbuilt))}: add it to out_features or drop it from checkpoint_stages"
+            )
+        return self
+
+    @property
+    def built_stages(self) -> tuple[str, ...]:
+        """The stages needed for ``out_features`` (and the classifier), from the stem on."""
+        last = max(STAGE_NAMES.index(name) for name in self.out_features)
+        return STAGE_NAMES if self.num_classes is not None else STAGE_NAMES[: last + 1]
+
+
+Config = TypeVar("Config", bound=StrictModel)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML lets the last of two equal keys win in silence; here the second one is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key_node.value, str):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | os.PathLike[str], schema: type[Config] = BackboneConfig) -> Config:  # type: ignore[assignment]
+    """Read a YAML file into a checked configuration.
+
+    Args:
+        path: The YAML file.
+        schema: The configuration class the file describes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML or breaks a rule; names file, key, rule and remedy.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config must be an existing YAML file, got {str(path)!r}; check the path")
+    try:
+        data = yaml.load(Path(path).read_bytes(), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: must be a mapping of keys such as `name: resnet50`, got {type(data).__name__}")
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error))) from None
+
+
+def explain(error: ValidationError) -> list[str]:
+    """Return one readable line per broken rule: the key, the rule, the value received and the remedy."""
+    lines = []
+    for detail in error.errors():
+        key = ".".join(str(part) for part in detail["loc"])
+        rule = re.sub("^Value error, ", "", detail["msg"])
+        rule = "is required; give it a value" if detail["type"] == "missing" else rule
+        lines.append(f"{key} {rule}".strip())
+    return lines
+
+
+def json_schema() -> str:
+    """Return the JSON schema of a backbone recipe, for editors that check YAML while it is typed."""
+    schema = BackboneConfig.model_json_schema()
+    schema["description"] = schema["description"].splitlines()[0]
+    return json.dumps(schema, indent=2) + "\n"

@@ -1,0 +1,80 @@
+"""The contract: what a detector may rely on, whichever backbone it is given."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from backbone.stages import STAGE_NAMES
+
+Features: TypeAlias = dict[str, Tensor]
+"""Feature maps by name (``c2`` to ``c5``, finest first), each (N, channels, H / stride, W / stride) rounded up."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """The shape of one feature map, known before any image is seen.
+
+    Attributes:
+        channels: Number of channels.
+        stride: Image pixels per feature pixel, in each direction.
+    """
+
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image must be prepared for the weights a backbone carries.
+
+    Attributes:
+        mean: Subtracted from each channel, in units of ``value_range``.
+        std: Then divides each channel, in units of ``value_range``.
+        channel_order: Order of the colour channels.
+        value_range: Lowest and highest pixel value before ``mean`` and ``std`` apply.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    value_range: tuple[float, float] = (0.0, 1.0)
+
+
+class Backbone(nn.Module):
+    """Base class of every backbone. A subclass builds its modules and fills in the four attributes.
+
+    Attributes:
+        feature_specs: Channels and stride of each feature map that ``forward`` returns, finest first.
+        stage_modules: For each stage that is built (``stem``, ``c2`` ... ``c5``) the dotted names of its modules.
+            Names rather than modules, so that swapping a module cannot leave a stale reference behind.
+        preprocessing: What the loaded weights expect of an image; torchvision's ImageNet values until then.
+        unbuilt_prefixes: Parameter-name prefixes of the complete network that this instance left out.
+            A checkpoint may carry them; anything else it carries must match.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feature_specs: dict[str, FeatureSpec] = {}
+        self.stage_modules: Mapping[str, Sequence[str]] = {}
+        self.preprocessing = Preprocessing()
+        self.unbuilt_prefixes: tuple[str, ...] = ()
+
+    def forward(self, images: Tensor) -> Features:
+        """Images (N, C, H, W) -> ``{name: (N, channels, H / stride, W / stride)}``; sizes round up."""
+        raise NotImplementedError
+
+    @property
+    def stages(self) -> dict[str, nn.ModuleList]:
+        """The stages that are built, stem first, each with its modules as they are now."""
+        return {
+            name: nn.ModuleList(self.get_submodule(path) for path in self.stage_modules[name])
+            for name in STAGE_NAMES
+            if name in self.stage_modules
+        }
+
+    @property
+    def size_divisibility(self) -> int:
+        """Image sizes, in pixels, that are multiples of this lose nothing to rounding. Any size works."""
+        return max(spec.stride for spec in self.feature_specs.values())

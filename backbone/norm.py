@@ -1,0 +1,165 @@
+"""Norm layers: FrozenBatchNorm2d, and the swaps between it and BatchNorm2d."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbone.config import NormName
+
+NormLayer = Callable[[int], nn.Module]
+TrainableBatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+
+_SWAPPABLE = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_GROUPS = 32  # GroupNorm, arXiv:1803.08494, section 4.1
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose statistics and affine parameters are constants: one scale and one shift per channel.
+
+    It has the parameters, buffers and state-dict keys of nn.BatchNorm2d, so a state dict fits both ways, strictly.
+    Fresh, it is an exact identity. No gradient ever reaches ``weight`` and ``bias``, whatever their
+    ``requires_grad``; they are parameters so that an optimizer, an EMA or a thaw finds the same objects.
+
+    Args:
+        num_features: Number of channels.
+        eps: Added to the variance, as in nn.BatchNorm2d.
+
+    Attributes:
+        frozen_from: The class and momentum this layer had before it was frozen; None if it was built frozen.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.frozen_from: tuple[type[TrainableBatchNorm], float | None] | None = None
+        self.weight = nn.Parameter(torch.ones(num_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=False)
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        # 1 - eps rather than 1: the variance plus eps is then exactly 1, and the fresh layer an exact identity.
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Return the constants (C,), (C,) with ``output = input * scale + shift``, in float32 or better."""
+        dtype = torch.promote_types(self.running_var.dtype, torch.float32)
+        scale = self.weight.detach().to(dtype) * torch.rsqrt(self.running_var.to(dtype) + self.eps)
+        return scale, self.bias.detach().to(dtype) - self.running_mean.to(dtype) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C, H, W) -> the same shape and dtype, also under autocast."""
+        scale, shift = (constant.to(x.dtype)[:, None, None] for constant in self.scale_and_shift())
+        return torch.addcmul(shift, x, scale)
+
+    def extra_repr(self) -> str:
+        """Show what print(model) needs to tell one norm from another."""
+        return f"{self.num_features}, eps={self.eps}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        # Libraries whose own frozen norm does not count batches (torchvision, detectron2) leave the counter out.
+        key = f"{prefix}num_batches_tracked"
+        if key not in state_dict:
+            state_dict = {**state_dict, key: self.num_batches_tracked}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def norm_layer(name: NormName) -> NormLayer:
+    """Return the constructor (number of channels -> module) of the norm called ``name`` in a config."""
+    layers: dict[NormName, NormLayer] = {
+        "frozen_bn": FrozenBatchNorm2d,
+        "bn": nn.BatchNorm2d,
+        "sync_bn": nn.SyncBatchNorm,
+        "gn": lambda channels: nn.GroupNorm(_GROUPS, channels),
+    }
+    return layers[name]
+
+
+def freeze_norms(module: nn.Module) -> nn.Module:
+    """Swap every BatchNorm2d and SyncBatchNorm in ``module`` for a FrozenBatchNorm2d, in place.
+
+    Parameters and buffers stay the same objects and now require no grad.
+
+    Returns:
+        ``module``, or its replacement where it is a batch norm itself.
+
+    Raises:
+        ValueError: If a batch norm cannot be frozen by a swap: it has no running statistics, no affine parameters,
+            or is a subclass that computes something more. Nothing is swapped then.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not (
+            type(child) in _SWAPPABLE and child.affine and child.track_running_stats
+        ):
+            raise ValueError(
+                f"only a BatchNorm2d or SyncBatchNorm with running statistics and affine parameters can be frozen, "
+                f"got {child!r} at {name or 'the top'!r}; replace it by one of these"
+            )
+    return _swap(module, lambda child: _frozen(child) if isinstance(child, _SWAPPABLE) else None)
+
+
+def thaw_norms(module: nn.Module, *, built_frozen: bool = True) -> nn.Module:
+    """Swap FrozenBatchNorm2d in ``module`` back for the trainable batch norm it was, in place.
+
+    Parameters and buffers stay the same objects, and the parameters require grad again.
+
+    Args:
+        module: Any module.
+        built_frozen: Whether layers that were frozen from the start thaw too, into BatchNorm2d.
+
+    Returns:
+        ``module``, or its replacement where it is a frozen norm itself.
+    """
+
+    def thawed(child: nn.Module) -> nn.Module | None:
+        if isinstance(child, FrozenBatchNorm2d) and (built_frozen or child.frozen_from):
+            return _thawed(child)
+        return None
+
+    return _swap(module, thawed)
+
+
+def _frozen(norm: TrainableBatchNorm) -> FrozenBatchNorm2d:
+    frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
+    frozen.frozen_from = (type(norm), norm.momentum)
+    _share_state(norm, frozen, requires_grad=False)
+    return frozen
+
+
+def _thawed(frozen: FrozenBatchNorm2d) -> TrainableBatchNorm:
+    norm_class, momentum = frozen.frozen_from or (nn.BatchNorm2d, 0.1)
+    norm = norm_class(frozen.num_features, frozen.eps, momentum)
+    _share_state(frozen, norm, requires_grad=True)
+    return norm
+
+
+def _share_state(source: nn.Module, target: nn.Module, *, requires_grad: bool) -> None:
+    """Give ``target`` the very parameters and buffers of ``source``."""
+    for name, parameter in source.named_parameters(recurse=False):
+        target.register_parameter(name, parameter)
+        parameter.requires_grad_(requires_grad)
+    for name, buffer in source.named_buffers(recurse=False):
+        setattr(target, name, buffer)
+    target.train(source.training)
+
+
+def _swap(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """Replace ``module`` and its descendants where ``replacement`` gives one; a shared module stays shared."""
+    replaced: dict[nn.Module, nn.Module] = {}
+
+    def visit(current: nn.Module) -> nn.Module:
+        if current not in replaced:
+            replaced[current] = new = replacement(current) or current
+            if new is current:
+                for name, child in current.named_children():
+                    setattr(current, name, visit(child))
+        return replaced[current]
+
+    return visit(module)

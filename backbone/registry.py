@@ -1,0 +1,95 @@
+"""Backbone names and their constructors: ours, the caller's and those of installed plugins."""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from importlib.metadata import EntryPoint, entry_points
+from typing import Final, TypeAlias, TypeVar
+
+from backbone.config import BackboneConfig, did_you_mean
+from backbone.features import Backbone
+
+ENTRY_POINT_GROUP: Final = "backbone.backbones"
+"""A plugin package declares ``name = "package.module:constructor"`` under this group."""
+
+BackboneConstructor: TypeAlias = Callable[[BackboneConfig], Backbone]
+Constructor = TypeVar("Constructor", bound=BackboneConstructor)
+
+_constructors: dict[str, BackboneConstructor] = {}
+
+
+class UnknownBackboneError(KeyError, ValueError):
+    """A name that nothing is registered under: a failed look-up and, in a config, a wrong value."""
+
+    __str__ = Exception.__str__  # KeyError's own would print the message in quotes
+
+
+def register_backbone(name: str) -> Callable[[Constructor], Constructor]:
+    """Return a decorator that registers a constructor under ``name``.
+
+    The constructor takes a BackboneConfig and returns a Backbone with fresh weights, nothing frozen: weights are
+    loaded and stages frozen by ``build_backbone``. It must honour every setting of the config or raise ValueError.
+
+    Raises:
+        ValueError: (from the decorator) if the name is taken.
+    """
+
+    def register(constructor: Constructor) -> Constructor:
+        if name in _constructors:
+            taken_by = getattr(_constructors[name], "__module__", "another module")
+            raise ValueError(f"backbone {name!r} is already registered by {taken_by}; choose another name")
+        _constructors[name] = constructor
+        return constructor
+
+    return register
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Return the known names that match a shell pattern such as ``resnet*``, sorted; plugins stay unimported."""
+    return sorted(name for name in {*_constructors, *_plugins()} if fnmatchcase(name, pattern))
+
+
+def find_constructor(name: str) -> BackboneConstructor:
+    """Return the constructor registered under ``name``, importing the plugin that declares it if need be.
+
+    Raises:
+        UnknownBackboneError: If no such name is known; suggests the nearest and lists the others.
+        ValueError: If two plugins declare the name, or its plugin yields no constructor.
+        ImportError: If its plugin cannot be imported.
+    """
+    if name in _constructors:
+        return _constructors[name]
+    declared = _plugins().get(name)
+    if declared is None:
+        known = list_backbones()
+        raise UnknownBackboneError(
+            f"unknown backbone {name!r}{did_you_mean(name, known) or ';'} known: {', '.join(known)}"
+        )
+    if len(declared) > 1:
+        origins = " and ".join(_origin(entry) for entry in declared)
+        raise ValueError(f"backbone {name!r} is declared by {origins}; uninstall one of them")
+    entry = declared[0]
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise ImportError(
+            f"backbone {name!r} comes from {_origin(entry)}, which failed to import: {error!r}; repair or uninstall it"
+        ) from error
+    constructor = _constructors.get(name, loaded)  # a plugin may use our decorator instead of naming a callable
+    if not callable(constructor):
+        raise ValueError(
+            f"backbone {name!r}: {_origin(entry)} must name a constructor, got {loaded!r}; "
+            f'write {name} = "package.module:constructor" in its entry points'
+        )
+    return constructor  # type: ignore[no-any-return]
+
+
+def _plugins() -> dict[str, list[EntryPoint]]:
+    """Plugins' entry points by name, not imported. They come second: none can take over a registered name."""
+    plugins: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        plugins.setdefault(entry.name, []).append(entry)
+    return plugins
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"{entry.dist.name if entry.dist else 'an unknown package'} ({entry.value})"

@@ -1,0 +1,232 @@
+"""The ResNet family: a stem and four planned stages, C2 to C5."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backbone.blocks import BasicBlock, Bottleneck
+from backbone.config import BackboneConfig, NormName
+from backbone.features import Backbone, Features, FeatureSpec
+from backbone.fused import conv_norm_act
+from backbone.norm import NormLayer, norm_layer
+from backbone.registry import register_backbone
+from backbone.stages import STAGE_NAMES, StagePlan, plan_stages
+
+STEM_CHANNELS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One row of the family's depth table: blocks per stage, groups, and channels per group in C2."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+    groups: int = 1
+    width_per_group: int = 64
+
+
+FAMILY: Final = {
+    # Deep Residual Learning, arXiv:1512.03385, table 1.
+    "resnet18": Variant(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Variant(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Variant(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Variant(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Variant(Bottleneck, (3, 8, 36, 3)),
+    # ResNeXt, arXiv:1611.05431, table 1; 64x4d is section 5.1.
+    "resnext50_32x4d": Variant(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext101_32x8d": Variant(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
+    "resnext101_64x4d": Variant(Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
+    # Wide Residual Networks, arXiv:1605.07146, table 8: twice the width inside the bottleneck.
+    "wide_resnet50_2": Variant(Bottleneck, (3, 4, 6, 3), width_per_group=128),
+    "wide_resnet101_2": Variant(Bottleneck, (3, 4, 23, 3), width_per_group=128),
+}
+
+
+class Stage(nn.Sequential):
+    """The residual blocks of one stage.
+
+    Args:
+        blocks: The blocks in order.
+        out_channels: Channels of the stage's output.
+        recompute: Whether each block's activations are recomputed in backward instead of kept.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], out_channels: int, *, recompute: bool = False) -> None:
+        super().__init__(*blocks)
+        self.out_channels = out_channels
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C_in, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up."""
+        for block in self:
+            x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
+        return x
+
+
+class ResNet(Backbone):
+    """ResNet, ResNeXt or Wide ResNet as C2 to C5 feature maps, with torchvision's parameter names.
+
+    Weights start as in torchvision: He initialisation of convolutions (arXiv:1502.01852), unit norms.
+
+    Args:
+        variant: Row of the depth table.
+        in_channels: Channels of the images.
+        norm: Norm layers.
+        output_stride: Largest stride, in image pixels: 32, 16 or 8.
+        dilate_first_block: Dilation convention, see ``plan_stages``.
+        stride_in_1x1: Bottleneck stride in the first 1x1 (v1) instead of the 3x3 (v1.5).
+        out_features: Stages to return, of ``c2`` to ``c5``; later ones are not built.
+        num_classes: Classes of the ImageNet classifier, whose ``logits`` (N, num_classes) join the outputs.
+        zero_init_residual: Whether the last norm of each block starts at zero.
+        checkpoint_stages: Stages that recompute their activations in backward.
+
+    Raises:
+        ValueError: If a setting cannot be honoured: an ``output_stride`` out of range, or ``stride_in_1x1`` in
+            a network of BasicBlocks, which have no 1x1.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        *,
+        in_channels: int = 3,
+        norm: NormName = "frozen_bn",
+        output_stride: int = 32,
+        dilate_first_block: bool = False,
+        stride_in_1x1: bool = False,
+        out_features: Sequence[str] = ("c2", "c3", "c4", "c5"),
+        num_classes: int | None = None,
+        zero_init_residual: bool = False,
+        checkpoint_stages: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if stride_in_1x1 and variant.block is BasicBlock:
+            raise ValueError(
+                "stride_in_1x1 must be false for resnet18 and resnet34, whose blocks have no 1x1 convolution "
+                "to stride in, got true; remove the key or choose resnet50 or deeper"
+            )
+        make_norm = norm_layer(norm)
+        self.in_channels = in_channels
+        self.conv1 = nn.Conv2d(in_channels, STEM_CHANNELS, 7, stride=2, padding=3, bias=False)
+        self.bn1 = make_norm(STEM_CHANNELS)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.stage_modules = {"stem": ("conv1", "bn1", "maxpool")}
+        plans = plan_stages(output_stride, dilate_first_block=dilate_first_block)
+        last = len(plans) if num_classes is not None else max(map(STAGE_NAMES.index, out_features))
+        channels = STEM_CHANNELS
+        for number, plan in enumerate(plans[:last]):
+            blocks = _blocks(variant, number, plan, channels, stride_in_1x1, make_norm)
+            channels = (STEM_CHANNELS << number) * variant.block.expansion
+            stage = Stage(blocks, channels, recompute=plan.name in checkpoint_stages)
+            self.add_module(f"layer{number + 1}", stage)
+            self.stage_modules[plan.name] = (f"layer{number + 1}",)
+            if plan.name in out_features:
+                self.feature_specs[plan.name] = FeatureSpec(channels, plan.output_stride)
+        self.fc = nn.Linear(channels, num_classes) if num_classes is not None else None
+        unbuilt = [f"layer{number}." for number in range(last + 1, len(plans) + 1)]
+        self.unbuilt_prefixes = (*unbuilt, "fc.") if self.fc is None else ()
+        self._initialise(zero_init_residual)
+
+    def forward(self, images: Tensor) -> Features:
+        """Images (N, in_channels, H, W) -> c2 (N, 256, H/4, W/4), ..., c5 (N, 2048, H/32, W/32); sizes round up.
+
+        Channels are those of the bottleneck networks; resnet18 and resnet34 have a quarter.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_channels or not images.is_floating_point():  # noqa: PLR2004
+            raise ValueError(
+                f"images must be a floating-point tensor (N, {self.in_channels}, H, W), got {images.dtype} "
+                f"{tuple(images.shape)}; add the batch dimension, scale and normalise, or set in_channels"
+            )
+        x = self.maxpool(conv_norm_act(images, self.conv1, self.bn1))
+        features: Features = {}
+        for name, paths in self.stage_modules.items():
+            if name != "stem":
+                x = self.get_submodule(paths[0])(x)
+            if name in self.feature_specs:
+                features[name] = x
+        if self.fc is not None:
+            features["logits"] = self.fc(x.mean((2, 3)))
+        return features
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock | Bottleneck) and zero_init_residual:
+                nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
+
+
+def _blocks(
+    variant: Variant, number: int, plan: StagePlan, in_channels: int, stride_in_1x1: bool, norm: NormLayer
+) -> list[nn.Module]:
+    """Build the blocks of stage ``number`` (0 is C2). Only the first one strides and keeps its own dilation."""
+    planes = STEM_CHANNELS << number
+    blocks: list[nn.Module] = []
+    for index in range(variant.depths[number]):
+        stride, first_dilation = (plan.stride, plan.first_dilation) if index == 0 else (1, plan.dilation)
+        if issubclass(variant.block, BasicBlock):
+            blocks.append(variant.block(in_channels, planes, stride, first_dilation, plan.dilation, norm))
+        else:
+            width = variant.groups * (variant.width_per_group << number)
+            out_channels = planes * variant.block.expansion
+            blocks.append(
+                variant.block(
+                    in_channels,
+                    width,
+                    out_channels,
+                    stride,
+                    first_dilation,
+                    variant.groups,
+                    stride_in_1x1,
+                    norm,
+                )
+            )
+        in_channels = planes * variant.block.expansion
+    return blocks
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """Run ``block`` so that backward recomputes its activations, without counting the batch twice in its norms."""
+    if torch.compiler.is_compiling():  # the compiler drops the second update itself, and takes no contexts
+        return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
+    contexts = lambda: (nullcontext(), _statistics_untouched(block))  # noqa: E731
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _statistics_untouched(block: nn.Module) -> Iterator[None]:
+    """Let training batch norms use the batch's statistics without moving their running ones."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _register(name: str, variant: Variant) -> None:
+    @register_backbone(name)
+    def build(config: BackboneConfig) -> ResNet:
+        return ResNet(
+            variant,
+            in_channels=config.in_channels,
+            norm=config.norm,
+            output_stride=config.output_stride,
+            dilate_first_block=config.dilate_first_block,
+            stride_in_1x1=config.stride_in_1x1,
+            out_features=config.out_features,
+            num_classes=config.num_classes,
+            zero_init_residual=config.zero_init_residual,
+            checkpoint_stages=config.checkpoint_stages,
+        )
+
+
+for _name, _variant in FAMILY.items():
+    _register(_name, _variant)
