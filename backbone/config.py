@@ -153,19 +153,20 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: str | os.PathLike[str], schema: type[Config] = BackboneConfig) -> Config:  # type: ignore[assignment]
-    """Read a YAML file into a checked configuration.
-
-    Args:
-        path: The YAML file.
-        schema: The configuration class the file describes.
+def load_config(path: str | os.PathLike[str]) -> BackboneConfig:
+    """Read a backbone recipe from YAML.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not YAML or breaks a rule; names file, key, rule and remedy.
     """
+    return read_yaml(path, BackboneConfig)
+
+
+def read_yaml(path: str | os.PathLike[str], schema: type[Config]) -> Config:
+    """Read a YAML file into a checked configuration of class ``schema``; raises as ``load_config`` does."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"config must be an existing YAML file, got {str(path)!r}; check the path")
+        raise FileNotFoundError(f"config must be an existing YAML file, got {os.fspath(path)!r}; check the path")
     try:
         data = yaml.load(Path(path).read_bytes(), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def save_picture(image: Image.Image, features: Features, specs: dict[str, Featur
     figure = Figure(figsize=(columns * panel_width, panel_width * aspect + 0.75), facecolor=background)
     panels = figure.subplots(1, columns, squeeze=False)[0]
     titles = [f"image\n{image.height} x {image.width}  (H x W)"]
-    pictures: list[NDArray[np.float32] | Image.Image] = [image]
+    pictures: list[NDArray[Any]] = [np.asarray(image)]
     strides = [1]
     for name, feature in features.items():
         spec, (height, width) = specs[name], feature.shape[2:]
@@ -86,7 +86,7 @@ def save_picture(image: Image.Image, features: Features, specs: dict[str, Featur
         pictures.append(pca_colours(feature[0]))
         strides.append(spec.stride)
     for panel, title, picture, stride in zip(panels, titles, pictures, strides, strict=True):
-        height, width = np.shape(picture)[:2]
+        height, width = picture.shape[:2]
         panel.imshow(picture, extent=(0, width * stride, height * stride, 0), interpolation="nearest")
         panel.set(xlim=(0, image.width), ylim=(image.height, 0))  # sizes round up: the last pixel may stick out
         panel.set_title(title, color=ink, fontsize=11, linespacing=1.5)

@@ -96,7 +96,7 @@ def freeze_norms(module: nn.Module) -> nn.Module:
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not (
-            type(child) in _SWAPPABLE and child.affine and child.track_running_stats
+            type(child) in _SWAPPABLE and child.bias is not None and child.track_running_stats
         ):
             raise ValueError(
                 f"only a BatchNorm2d or SyncBatchNorm with running statistics and affine parameters can be frozen, "
@@ -158,8 +158,9 @@ def _swap(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None
         if current not in replaced:
             replaced[current] = new = replacement(current) or current
             if new is current:
-                for name, child in current.named_children():
-                    setattr(current, name, visit(child))
+                for name, child in current._modules.items():  # named_children() would skip a shared one
+                    if child is not None:
+                        current._modules[name] = visit(child)
         return replaced[current]
 
     return visit(module)

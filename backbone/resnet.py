@@ -200,15 +200,16 @@ def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _statistics_untouched(block: nn.Module) -> Iterator[None]:
-    """Let training batch norms use the batch's statistics without moving their running ones."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """Let training batch norms update copies of their running statistics, and give the originals back."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    originals = [norm._buffers for norm in norms]
+    for norm, buffers in zip(norms, originals, strict=True):
+        norm._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in buffers.items()}
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, originals, strict=True):
+            norm._buffers = buffers
 
 
 def _register(name: str, variant: Variant) -> None:

@@ -1,0 +1,39 @@
+"""What several test files share: networks with random statistics, and the error measure of every parity test."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbone import Backbone, BackboneConfig, build_backbone
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def build(name: str = "resnet18", **settings: object) -> Backbone:
+    """Build with trainable norms unless told otherwise; freezing random weights is what these tests do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*frozen at random weights")
+        return build_backbone(BackboneConfig.model_validate({"name": name, "norm": "bn", **settings}))
+
+
+def randomise_norms(model: nn.Module) -> None:
+    """Give every batch norm statistics and affine parameters as uneven as trained ones."""
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            with torch.no_grad():
+                module.weight.uniform_(0.3, 1.2)  # type: ignore[operator]
+                module.bias.normal_(0, 0.2)  # type: ignore[operator]
+                module.running_mean.normal_(0, 0.3)  # type: ignore[operator]
+                module.running_var.uniform_(0.5, 2.0)  # type: ignore[operator]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference in units of the largest expected value."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
