@@ -19,13 +19,13 @@ $(VENV)/test.stamp: $(VENV)/core.stamp
 	touch $@
 
 demo: $(VENV)/core.stamp
-	$(BIN)/backbone describe resnet50 --image-size 512 600
+	$(BIN)/backbone describe resnet50 --image-size 600 512
 	$(BIN)/backbone extract --config configs/demo.yaml --out out/demo \
 		$(if $(WEIGHTS),--weights $(WEIGHTS)) \
 		--images "$$($(BIN)/python -c 'import matplotlib.cbook as c; print(c.get_sample_data("grace_hopper.jpg", asfileobj=False))')"
 
 test: $(VENV)/test.stamp
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .

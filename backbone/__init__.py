@@ -10,6 +10,7 @@ features = model(images)  # (N, 3, H, W) -> {"c2": (N, 256, H/4, W/4), ..., "c5"
 from backbone import resnet as _resnet  # registers the ResNet family
 from backbone.builder import build_backbone
 from backbone.config import BackboneConfig, load_config
+from backbone.deploy import optimize_for_inference
 from backbone.features import Backbone, Features, FeatureSpec, Preprocessing
 from backbone.freeze import StageReport, freeze_report, freeze_stages
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, thaw_norms
@@ -32,6 +33,7 @@ __all__ = [
     "list_backbones",
     "load_config",
     "load_weights",
+    "optimize_for_inference",
     "register_backbone",
     "thaw_norms",
 ]

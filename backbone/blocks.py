@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from backbone.fused import conv_norm_act
+from backbone.fused import conv_norm_act, is_watched
 from backbone.norm import NormLayer
 
 
@@ -21,6 +21,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion: ClassVar[int] = 1
+    conv_norm_pairs: ClassVar = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(
         self, in_channels: int, width: int, stride: int, first_dilation: int, dilation: int, norm: NormLayer
@@ -30,17 +31,21 @@ class BasicBlock(nn.Module):
         self.bn1 = norm(width)
         self.conv2 = conv3x3(width, width, 1, dilation)
         self.bn2 = norm(width)
-        self.downsample = projection(in_channels, width, stride, norm)
+        self.downsample = _projection(in_channels, width, stride, norm)
 
     @property
     def last_norm(self) -> nn.Module:
         """The norm before the shortcut is added."""
         return self.bn2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (N, in_channels, H, W) -> (N, width, H / stride, W / stride); sizes round up."""
+    def forward(self, x: Tensor, *, reuse_input: bool = False) -> Tensor:
+        """Features (N, in_channels, H, W) -> (N, width, H / stride, W / stride); sizes round up.
+
+        ``reuse_input`` says that nobody needs ``x`` any more, so that the output may take its memory.
+        """
         out = conv_norm_act(x, self.conv1, self.bn1)
-        return conv_norm_act(out, self.conv2, self.bn2, residual=project(x, self.downsample))
+        residual, reuse = _shortcut(x, self.downsample, reuse_input)
+        return conv_norm_act(out, self.conv2, self.bn2, residual, reuse_residual=reuse)
 
 
 class Bottleneck(nn.Module):
@@ -58,6 +63,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion: ClassVar[int] = 4
+    conv_norm_pairs: ClassVar = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(
         self,
@@ -78,18 +84,33 @@ class Bottleneck(nn.Module):
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
-        self.downsample = projection(in_channels, out_channels, stride, norm)
+        self.downsample = _projection(in_channels, out_channels, stride, norm)
 
     @property
     def last_norm(self) -> nn.Module:
         """The norm before the shortcut is added."""
         return self.bn3
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up."""
+    def forward(self, x: Tensor, *, reuse_input: bool = False) -> Tensor:
+        """Features (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up.
+
+        ``reuse_input`` says that nobody needs ``x`` any more, so that the output may take its memory.
+        """
         out = conv_norm_act(x, self.conv1, self.bn1)
         out = conv_norm_act(out, self.conv2, self.bn2)
-        return conv_norm_act(out, self.conv3, self.bn3, residual=project(x, self.downsample))
+        residual, reuse = _shortcut(x, self.downsample, reuse_input)
+        return conv_norm_act(out, self.conv3, self.bn3, residual, reuse_residual=reuse)
+
+
+class Projection(nn.Sequential):
+    """The 1x1 convolution and norm of a shortcut that changes shape (option B of the paper)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: NormLayer) -> None:
+        super().__init__(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up."""
+        return conv_norm_act(x, self[0], self[1], relu=False)
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int, groups: int = 1) -> nn.Conv2d:
@@ -97,17 +118,15 @@ def conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int, gro
     return nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, groups, bias=False)
 
 
-def projection(in_channels: int, out_channels: int, stride: int, norm: NormLayer) -> nn.Sequential | None:
-    """Return the shortcut's 1x1 convolution and norm, or None where the shortcut is the identity."""
+def _projection(in_channels: int, out_channels: int, stride: int, norm: NormLayer) -> Projection | None:
+    """Return the shortcut's projection, or None where the shortcut is the identity."""
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
+    return Projection(in_channels, out_channels, stride, norm)
 
 
-def project(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
-    """Return the shortcut of a block: ``x`` itself, or its projection."""
+def _shortcut(x: Tensor, downsample: Projection | None, reuse_input: bool) -> tuple[Tensor, bool]:
+    """Return what a block adds at its end, and whether its memory may be reused."""
     if downsample is None:
-        return x
-    conv, norm = downsample
-    assert isinstance(conv, nn.Conv2d)
-    return conv_norm_act(x, conv, norm, relu=False)
+        return x, reuse_input
+    return downsample(x), not any(is_watched(module) for module in downsample.modules())

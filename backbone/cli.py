@@ -1,9 +1,10 @@
 """The installed command ``backbone``: list, describe, extract."""
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,11 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from backbone.builder import build_backbone
 from backbone.config import BackboneConfig, explain, load_config
 from backbone.describe import Description, describe
-from backbone.extract import extract_features, find_images, read_image, save_features, save_picture
+from backbone.extract import extract_features, find_images, read_image, refuse_overwriting, save_results
 from backbone.features import Backbone
 from backbone.registry import list_backbones
 
@@ -88,28 +90,30 @@ def extract_command(
     with _readable_errors():
         settings = _settings(config, name, weights)
         photos = find_images([*images, *(more_images or [])])
+        refuse_overwriting(photos, out)
         target = _device(device)
-        _make_writable(out)
         torch.manual_seed(0)  # without weights, the same random network each time
-        model = _build(settings).to(target).eval()
+        with redirect_stdout(sys.stderr):  # stdout is for the paths written; torch.hub tells of downloads there
+            model = _build(settings).to(target).eval()
+        _make_writable(out)
         if settings.weights is None:
             errors.print("[yellow]note[/]: random weights (seed 0); for meaning, add --weights IMAGENET1K_V2")
-    failures = []
+    num_failures = 0
     columns = (TextColumn("extract"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
+    # Where both streams are one terminal, rich must print the paths above its bar; elsewhere it must leave them alone.
+    with Progress(*columns, console=errors, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
         for photo in progress.track(photos):
             try:
                 image = read_image(photo, shorter_side=shorter_side)
                 features = extract_features(model, image)
-                save_features(features, out / f"{photo.stem}.safetensors")
-                save_picture(image, features, model.feature_specs, out / f"{photo.stem}.png")
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:
-                failures.append(photo)
-                errors.print(f"[red]error[/]: {_one_line(error, photo)}", soft_wrap=True)
+                results = save_results(image, features, model.feature_specs, out, photo.stem)
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:  # torch's are RuntimeErrors
+                num_failures += 1
+                _print_error(_one_line(error, photo))
             else:
-                console.print(f"{out / photo.stem}.safetensors\n{out / photo.stem}.png", soft_wrap=True)
-    if failures:
-        errors.print(f"{len(failures)} of {len(photos)} images failed", soft_wrap=True)
+                print(*results, sep="\n")
+    if num_failures:
+        errors.print(f"{num_failures} of {len(photos)} images failed", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -187,11 +191,15 @@ def _readable_errors() -> Iterator[None]:
 
 
 def _fail(message: str) -> NoReturn:
-    errors.print("[red]error[/]:", end=" ")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    _print_error(message)
     raise typer.Exit(EXIT_USAGE)
 
 
+def _print_error(message: str) -> None:
+    """Print the message letter by letter: a file name may look like rich's markup or emoji."""
+    errors.print(Text.assemble(("error", "red"), ": ", message), soft_wrap=True)
+
+
 def _one_line(error: Exception, photo: Path) -> str:
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()) or type(error).__name__
     return message if str(photo) in message else f"{photo}: {message}"

@@ -27,9 +27,15 @@ FeatureName = Literal["c2", "c3", "c4", "c5"]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known word, or nothing when none is near."""
-    nearest = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    """Return ``"; did you mean 'x'?"`` for the nearest known word, or ``";"`` when none is near.
+
+    Of several near words the one that starts most alike: for resnet52 resnet50, not resnet152.
+    """
+    nearest = difflib.get_close_matches(str(word), list(known), n=5)  # best first, and max keeps the first of equals
+    if not nearest:
+        return ";"
+    best = max(nearest, key=lambda near: len(os.path.commonprefix([str(word), near])))  # noqa: RUF071 - by letters
+    return f"; did you mean {best!r}?"
 
 
 def _rule(text: str) -> WrapValidator:
@@ -56,7 +62,7 @@ class StrictModel(BaseModel):
             unknown = [key for key in data if key not in cls.model_fields]
             if unknown:
                 hints = [f"unknown key {key!r}{did_you_mean(key, cls.model_fields)}" for key in unknown]
-                raise ValueError(f"{', '.join(hints)} known keys: {', '.join(cls.model_fields)}")
+                raise ValueError(f"{' '.join(hints)} known keys: {', '.join(cls.model_fields)}")
         return data
 
 
@@ -81,9 +87,11 @@ class BackboneConfig(StrictModel):
     freeze_at: Annotated[
         int, Field(ge=0, le=5), _rule("must be 0 to 5 (stages counted from the stem; 0 freezes nothing)")
     ] = Field(default=0, description="Freeze the first n of stem, C2, C3, C4, C5 (detectron2's FREEZE_AT).")
-    output_stride: Annotated[Literal[32, 16, 8], _rule("must be 32, 16 or 8 (image pixels)")] = Field(
-        default=32, description="Largest stride; stages beyond it dilate instead."
-    )
+    output_stride: Annotated[
+        Literal[32, 16, 8],
+        BeforeValidator(lambda value: value if type(value) is int else None),  # Literal would take 16.0 for 16
+        _rule("must be 32, 16 or 8 (image pixels)"),
+    ] = Field(default=32, description="Largest stride; stages beyond it dilate instead.")
     dilate_first_block: Annotated[bool, _rule("must be true or false")] = Field(
         default=False,
         description="Dilation of the first block in a dilated stage: false keeps the previous one (torchvision, "
@@ -123,7 +131,7 @@ class BackboneConfig(StrictModel):
         unbuilt = set(self.checkpoint_stages) - set(self.built_stages)
         if unbuilt:
             raise ValueError(
-                f"checkpoint_stages must be among the stages that are built, {', '.join(self.built_stages)}; "
+                f"checkpoint_stages must be among the stages that are built, {', '.join(self.built_stages[1:])}; "
                 f"got {', '.join(sorted(unbuilt))}: add it to out_features or drop it from checkpoint_stages"
             )
         return self
@@ -144,12 +152,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            if isinstance(key_node.value, str):
-                seen.add(key_node.value)
+            problem = ""
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = f"a key must be a word, got a {key_node.id}"
+            elif key_node.value in seen:
+                problem = f"key {key_node.value!r} is given twice"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
@@ -167,9 +177,10 @@ def read_yaml(path: str | os.PathLike[str], schema: type[Config]) -> Config:
     """Read a YAML file into a checked configuration of class ``schema``; raises as ``load_config`` does."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"config must be an existing YAML file, got {os.fspath(path)!r}; check the path")
+    content = Path(path).read_bytes()
     try:
-        data = yaml.load(Path(path).read_bytes(), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(content, Loader=_UniqueKeyLoader)
+    except Exception as error:  # PyYAML lets through whatever int() or date() raises
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: must be a mapping of keys such as `name: resnet50`, got {type(data).__name__}")

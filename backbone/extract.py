@@ -1,7 +1,7 @@
 """Feature maps of a photo, as files and as a picture."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from backbone.features import Backbone, Features, FeatureSpec, Preprocessing
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 _PICTURE_DPI: Final = 140
+_TALLEST_PANEL: Final = 4  # height / width; a taller photo is drawn narrower within it
 
 
 def read_image(path: Path, *, shorter_side: int | None = None) -> Image.Image:
@@ -26,7 +27,7 @@ def read_image(path: Path, *, shorter_side: int | None = None) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = _to_rgb(ImageOps.exif_transpose(file))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); give a JPEG, PNG or the like") from None
     if shorter_side is not None:
@@ -34,6 +35,14 @@ def read_image(path: Path, *, shorter_side: int | None = None) -> Image.Image:
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:  # a palette's; Pillow warns of going straight to RGB
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
@@ -54,26 +63,48 @@ def extract_features(backbone: Backbone, image: Image.Image) -> Features:
     return {name: features[name].float().cpu().contiguous() for name in backbone.feature_specs}
 
 
-def save_features(features: Features, path: Path) -> None:
-    """Write the feature maps as safetensors: the whole file or none."""
-    from safetensors.torch import save_file
+def save_results(
+    image: Image.Image, features: Features, specs: dict[str, FeatureSpec], folder: Path, stem: str
+) -> tuple[Path, Path]:
+    """Write ``stem``.safetensors and ``stem``.png into ``folder``, both whole or neither, and return their paths.
 
-    write_whole(path, lambda temporary: save_file(features, temporary))
+    Raises:
+        ValueError: If a folder is where a file must go.
+    """
+    results = folder / f"{stem}.safetensors", folder / f"{stem}.png"
+    for path in results:
+        if path.is_dir():
+            raise ValueError(f"{path} must be free for a file, and is a folder; move it or choose another --out")
+    features_file, picture_file = (path.with_name(f".{path.name}.{os.getpid()}.partial") for path in results)
+    try:
+        save_features(features, features_file)
+        save_picture(image, features, specs, picture_file)
+        os.replace(features_file, results[0])
+        os.replace(picture_file, results[1])
+    finally:
+        features_file.unlink(missing_ok=True)
+        picture_file.unlink(missing_ok=True)
+    return results
+
+
+def save_features(features: Features, path: Path) -> None:
+    """Write the feature maps as safetensors."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(features))  # save_file would ignore the umask, and its errors are no OSErrors
 
 
 def save_picture(image: Image.Image, features: Features, specs: dict[str, FeatureSpec], path: Path) -> None:
-    """Draw the photo with its feature maps beside it, in PCA colours, labelled; the whole file or none.
+    """Draw the photo with its feature maps beside it, in PCA colours, labelled, as a PNG for a screen.
 
     The three strongest principal components of a level's channels become red, green and blue, so that places with
     like features have like colours.
     """
-    from matplotlib.figure import (
-        Figure,
-    )  # the object interface: no backend is chosen, no global state is touched
+    from matplotlib.figure import Figure  # the object interface: no backend is chosen, no global state is touched
 
     background, ink = "#101418", "#e8eaed"
     columns = 1 + len(features)
-    aspect = image.height / image.width
+    aspect = min(image.height / image.width, _TALLEST_PANEL)
     panel_width = 3.2 if aspect > 1 else 4.2  # inches
     figure = Figure(figsize=(columns * panel_width, panel_width * aspect + 0.75), facecolor=background)
     panels = figure.subplots(1, columns, squeeze=False)[0]
@@ -92,7 +123,7 @@ def save_picture(image: Image.Image, features: Features, specs: dict[str, Featur
         panel.set_title(title, color=ink, fontsize=11, linespacing=1.5)
         panel.axis("off")
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.62 / figure.get_size_inches()[1], wspace=0.03)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=_PICTURE_DPI))
+    figure.savefig(path, format="png", dpi=_PICTURE_DPI)
 
 
 def pca_colours(feature: Tensor) -> NDArray[np.float32]:
@@ -110,18 +141,8 @@ def pca_colours(feature: Tensor) -> NDArray[np.float32]:
     return colours.reshape(height, width, 3).float().numpy()
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there, so that no reader ever finds half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the image files named, with a folder standing for the images directly in it.
+    """Return the image files named, each once, with a folder standing for the images directly in it.
 
     Raises:
         ValueError: If a path does not exist, a folder holds no image, or two images would write the same files.
@@ -132,15 +153,28 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(f"images must exist, got {path}; check the path")
         found = [path]
         if path.is_dir():
-            found = sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(c for c in path.iterdir() if c.suffix.lower() in IMAGE_SUFFIXES and c.is_file())
             if not found:
                 raise ValueError(f"{path}: holds no image ({', '.join(IMAGE_SUFFIXES)}); name another folder")
         images += found
     by_stem: dict[str, Path] = {}
     for image in images:
-        if by_stem.setdefault(image.stem, image) is not image:
+        first = by_stem.setdefault(image.stem, image)
+        if first.resolve() != image.resolve():
             raise ValueError(
-                f"{by_stem[image.stem]} and {image} would both be written as {image.stem}.safetensors; "
+                f"{first} and {image} would both be written as {image.stem}.safetensors; "
                 f"rename one or extract them to different folders"
             )
-    return images
+    return list(by_stem.values())
+
+
+def refuse_overwriting(images: Sequence[Path], out: Path) -> None:
+    """Make sure that no picture written to ``out`` would replace one of the photos.
+
+    Raises:
+        ValueError: If one would.
+    """
+    originals = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, images)}  # paths may differ in case or by links
+    for picture in (out / f"{image.stem}.png" for image in images):
+        if picture.exists() and (picture.stat().st_dev, picture.stat().st_ino) in originals:
+            raise ValueError(f"{picture} is a photo, and its picture would replace it; choose another --out")

@@ -1,7 +1,7 @@
 """Norm layers: FrozenBatchNorm2d, and the swaps between it and BatchNorm2d."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class FrozenBatchNorm2d(nn.Module):
 
     Attributes:
         frozen_from: The class and momentum this layer had before it was frozen; None if it was built frozen.
+        generation: Grows where values may have changed unseen (``to()``, ``train()``); guards what is computed from
+            them and kept.
     """
 
     weight: nn.Parameter
@@ -41,6 +43,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.num_features = num_features
         self.eps = eps
         self.frozen_from: tuple[type[TrainableBatchNorm], float | None] | None = None
+        self.generation = 0
         self.weight = nn.Parameter(torch.ones(num_features), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=False)
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -58,6 +61,15 @@ class FrozenBatchNorm2d(nn.Module):
         """Features (N, C, H, W) -> the same shape and dtype, also under autocast."""
         scale, shift = (constant.to(x.dtype)[:, None, None] for constant in self.scale_and_shift())
         return torch.addcmul(shift, x, scale)
+
+    def train(self, mode: bool = True) -> Self:
+        """Do as every module does; being frozen, only remember that what was computed from it may be out of date."""
+        self.generation += mode != self.training
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.generation += 1
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def extra_repr(self) -> str:
         """Show what print(model) needs to tell one norm from another."""

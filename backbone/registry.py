@@ -61,9 +61,7 @@ def find_constructor(name: str) -> BackboneConstructor:
     declared = _plugins().get(name)
     if declared is None:
         known = list_backbones()
-        raise UnknownBackboneError(
-            f"unknown backbone {name!r}{did_you_mean(name, known) or ';'} known: {', '.join(known)}"
-        )
+        raise UnknownBackboneError(f"unknown backbone {name!r}{did_you_mean(name, known)} known: {', '.join(known)}")
     if len(declared) > 1:
         origins = " and ".join(_origin(entry) for entry in declared)
         raise ValueError(f"backbone {name!r} is declared by {origins}; uninstall one of them")

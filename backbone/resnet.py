@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from backbone.blocks import BasicBlock, Bottleneck
 from backbone.config import BackboneConfig, NormName
 from backbone.features import Backbone, Features, FeatureSpec
-from backbone.fused import conv_norm_act
+from backbone.fused import conv_norm_act, is_watched
 from backbone.norm import NormLayer, norm_layer
 from backbone.registry import register_backbone
 from backbone.stages import STAGE_NAMES, StagePlan, plan_stages
@@ -63,8 +63,13 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        previous: nn.Module | None = None
         for block in self:
-            x = _recomputed(block, x) if self.recompute and torch.is_grad_enabled() else block(x)
+            # What one block hands to the next is seen by nobody else, unless a hook is watching.
+            unseen = previous is not None and not is_watched(previous) and not is_watched(block)
+            x = _recomputed(block, x) if recompute else block(x, reuse_input=unseen)
+            previous = block
         return x
 
 
@@ -89,6 +94,8 @@ class ResNet(Backbone):
         ValueError: If a setting cannot be honoured: an ``output_stride`` out of range, or ``stride_in_1x1`` in
             a network of BasicBlocks, which have no 1x1.
     """
+
+    conv_norm_pairs: ClassVar = (("conv1", "bn1"),)
 
     def __init__(
         self,

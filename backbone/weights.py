@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +30,11 @@ def load_weights(backbone: Backbone, source: str | os.PathLike[str], *, name: st
 
     Raises:
         FileNotFoundError: If the path does not exist.
+        OSError: If the download fails.
         ValueError: If the source is neither, the file is damaged or carries code, or keys or shapes differ.
     """
     if Path(source).suffix in CHECKPOINT_SUFFIXES:
-        state, preprocessing = _read_checkpoint(Path(source)), Preprocessing()
+        state, preprocessing = _read_file(Path(source)), Preprocessing()
     else:
         state, preprocessing = _download(name, str(source))
     _load_strictly(backbone, state, str(source))
@@ -56,37 +57,53 @@ def _download(name: str, weights_name: str) -> tuple[Mapping[str, Tensor], Prepr
     weights = known[weights_name]
     transforms = weights.transforms()
     preprocessing = Preprocessing(mean=tuple(transforms.mean), std=tuple(transforms.std))
-    return weights.get_state_dict(progress=True, check_hash=True), preprocessing
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        # weights_only: hub would run what a pickle carries, and it checks the hash of a new download only
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:
+        if cached.exists():
+            raise _unreadable(error, f"{weights_name} of {name}, {cached}", "delete it and try again") from None
+        kind = OSError if isinstance(error, OSError) else ValueError  # hub keeps no file of a wrong hash
+        raise kind(
+            f"{weights_name} of {name}: cannot be downloaded from {weights.url}; check the connection or give the path "
+            f"of a copy. ({_first_line(error)})"
+        ) from None
+    return _bare_state_dict(state, str(cached)), preprocessing
 
 
-def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """Read a bare state dict. A pickle may hold tensors and plain containers only: code in it is never run."""
+def _read_file(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"weights must be an existing file, got {str(path)!r}; check the path")
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    # mmap: the file's pages are read as they are copied, so that loading needs the model's own memory and no more
-    readers: dict[str, Callable[[], Any]] = {".safetensors": lambda: load_file(path)}
-    read = readers.get(path.suffix, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path)))
     try:
-        state = read()
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: not a plain checkpoint of tensors; it was refused without running anything it carries. Save it "
-            f"with torch.save(model.state_dict(), path). ({_first_line(error)})"
-        ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as a {path.suffix} checkpoint, it may be truncated; fetch it again. "
-            f"({_first_line(error)})"
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{path}: must hold a bare state dict (parameter name -> tensor), got {_describe(state)}; "
-            f"save the network's own state_dict()"
-        )
-    return state
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:  # mmap: its pages are read as they are copied, so that loading needs the model's own memory and no more
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # damaged bytes fail in many ways: struct.error, AssertionError, AttributeError, ...
+        remedy = "fetch it again, or save it with torch.save(model.state_dict(), path)"
+        raise _unreadable(error, str(path), remedy) from None
+    return _bare_state_dict(state, str(path))
+
+
+def _unreadable(error: Exception, source: str, remedy: str) -> ValueError:
+    """Explain why a checkpoint could not be read."""
+    reason = "cannot be read as a checkpoint, it may be truncated"
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "not a plain checkpoint of tensors; it was refused without running anything it carries"
+    return ValueError(f"{source}: {reason}; {remedy}. ({_first_line(error)})")
+
+
+def _bare_state_dict(state: object, source: str) -> Mapping[str, Tensor]:
+    """Return ``state``, which must map parameter names to tensors and hold nothing else."""
+    if isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        return state
+    raise ValueError(
+        f"{source}: must hold a bare state dict (parameter name -> tensor), got {_describe(state)}; "
+        f"save the network's own state_dict()"
+    )
 
 
 def _is_zip(path: Path) -> bool:
@@ -106,10 +123,12 @@ def _load_strictly(backbone: Backbone, state: Mapping[str, Tensor], source: str)
         for key in own
         if key in given and given[key].shape != own[key].shape
     ]
-    if missing or unexpected or reshaped:
+    empty = [key for key, value in given.items() if value.is_meta]
+    if missing or unexpected or reshaped or empty:
         raise ValueError(
             f"{source}: does not fit this network: {_listed('missing', missing)}; {_listed('unexpected', unexpected)}; "
-            f"{_listed('of another shape', reshaped)}. Choose the name, in_channels and num_classes it was made for"
+            f"{_listed('of another shape', reshaped)}; {_listed('without data (meta tensors)', empty)}. "
+            f"Choose the name, in_channels and num_classes it was made for"
         )
     backbone.load_state_dict(given)
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from backbone import Backbone, BackboneConfig, build_backbone
 
 
+torch.set_num_threads(1)  # the test processes share the cores; threads waiting for each other would be slower
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -37,3 +40,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def saved_mebibytes(model: nn.Module, images: Tensor) -> float:
+    """Return the MiB that one forward pass keeps for backward, parameters and buffers apart."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = model(images)  # kept alive until all is counted: an address must not be used twice
+    del features
+    return sum(saved.values()) / 2**20

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from backbone import BackboneConfig, build_backbone, list_backbones
+from backbone import Backbone, BackboneConfig, Features, build_backbone, list_backbones
 from backbone.cli import app
 from backbone.describe import describe
-from backbone.extract import find_images, read_image
+from backbone.extract import extract_features, find_images, read_image
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,6 +172,12 @@ def test_strides_are_the_networks_whatever_the_image(size: tuple[int, int]) -> N
         model = build_backbone(BackboneConfig(name="resnet18", norm="bn", output_stride=16))
     model.eval()
     assert [stage.stride for stage in describe(model, size).stages] == [4, 4, 8, 16, 16]
+
+
+def test_stages_that_are_no_outputs_have_their_strides_too() -> None:
+    with torch.device("meta"):
+        model = build_backbone(BackboneConfig(name="resnet18", norm="bn", out_features=("c5",), output_stride=16))
+    assert [stage.stride for stage in describe(model, (1, 1)).stages] == [4, 4, 8, 16, 16]
 
 
 def test_sizes_round_up() -> None:
@@ -474,6 +480,48 @@ def test_photo_without_its_picture_leaves_no_features_either(inputs: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
 
 
+OUT_OF_MEMORY = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "piece"),
+    [
+        (RuntimeError(OUT_OF_MEMORY), "can't allocate memory"),
+        (MemoryError(), "MemoryError"),
+        (torch.linalg.LinAlgError("the algorithm failed to converge"), "failed to converge"),  # type: ignore[attr-defined]
+    ],
+    ids=["torch out of memory", "Python out of memory", "no eigenvectors"],
+)
+def test_photo_that_cannot_be_computed_is_named_and_the_others_finish(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, piece: str
+) -> None:
+    def extract_small_ones(backbone: Backbone, image: Image.Image) -> Features:
+        if image.width > 64:
+            raise error
+        return extract_features(backbone, image)
+
+    monkeypatch.setattr("backbone.cli.extract_features", extract_small_ones)
+    photos = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", size=(65, 48)), photo(tmp_path / "c.png")]
+    result = extract(inputs, tmp_path / "out", "--images", *photos)
+    said = re.search(rf"error: {re.escape(str(photos[1]))}: .*{piece}", result.stderr)
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert (result.exit_code, bool(said), written) == (1, True, ["a.png", "c.png"]), result.output
+
+
+def test_chatter_while_building_stays_out_of_stdout(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_like_torch_hub(config: BackboneConfig) -> Backbone:
+        sys.stdout.write("Downloading: weights")
+        return build_backbone(config)
+
+    monkeypatch.setattr("backbone.cli.build_backbone", build_like_torch_hub)
+    result = extract(inputs, tmp_path, "--images", inputs / "photo.png")
+    said = "Downloading: weights" in result.stderr
+    written = [str(tmp_path / f"photo.{kind}") for kind in ("safetensors", "png")]
+    assert (result.stdout.splitlines(), said) == (written, True)
+
+
 # extract: bad input
 
 
@@ -491,6 +539,13 @@ def test_code_in_a_checkpoint_is_not_run(inputs: Path, tmp_path: Path) -> None:
     arguments = ["--name", "resnet18", "--weights", inputs / "code.pth"]
     command("extract", *arguments, "--images", inputs / "photo.png", "--out", tmp_path / "out")
     assert not (inputs / "ran").exists()
+
+
+def test_photo_in_the_way_of_its_picture_is_named_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
+    photos = [photo(tmp_path / "a.jpg"), photo(tmp_path / "b.png")]
+    result = extract(inputs, tmp_path, "--images", *photos)
+    said = f"{photos[1]} is a photo, and its picture would replace it" in result.stderr
+    assert (result.exit_code, said, sorted(tmp_path.iterdir())) == (2, True, photos), result.output
 
 
 def test_failed_start_leaves_no_folder_behind(inputs: Path, tmp_path: Path) -> None:

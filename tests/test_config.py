@@ -44,6 +44,7 @@ INVALID: list[tuple[str, list[str]]] = [
     ("name: resnet50\nfreeze_at: true", ["freeze_at must be 0 to 5", "got True"]),
     ("name: resnet50\nfreeze_at: 2.0", ["freeze_at must be 0 to 5", "got 2.0"]),
     ("name: resnet50\noutput_stride: 12", ["output_stride must be 32, 16 or 8 (image pixels)", "got 12"]),
+    ("name: resnet50\noutput_stride: 16.0", ["output_stride must be 32, 16 or 8 (image pixels)", "got 16.0"]),
     ("name: resnet50\nnorm: batch", ["norm must be frozen_bn, bn, sync_bn or gn", "got 'batch'"]),
     ("name: resnet50\nweights: 3", ["weights must be null, a torchvision weights name", "got 3"]),
     ("name: resnet50\nstride_in_1x1: 1", ["stride_in_1x1 must be true or false", "got 1"]),
@@ -56,14 +57,17 @@ INVALID: list[tuple[str, list[str]]] = [
     ("name: resnet50\nout_features: [stem]", ["out_features must be a list of one or more", "got ['stem']"]),
     ("name: resnet50\nout_features: [c5, c5]", ["out_features must not repeat a stage", "['c5', 'c5']"]),
     ("name: resnet50\ncheckpoint_stages: [c3, c3]", ["checkpoint_stages must not repeat a stage"]),
-    ("name: resnet50\nout_features: [c2]\ncheckpoint_stages: [c5]", ["checkpoint_stages must be among", "got c5"]),
+    (
+        "name: resnet50\nout_features: [c3]\ncheckpoint_stages: [c5]",
+        ["checkpoint_stages must be among the stages that are built, c2, c3; got c5"],
+    ),
     ("", ["must be a mapping of keys such as `name: resnet50`", "got NoneType"]),
     ("- resnet50", ["must be a mapping", "got list"]),
     ("name: [", ["not valid YAML"]),
     ("name: resnet50\nname: resnet18", ["key 'name' is given twice"]),
     ("name: !!python/object/apply:os.getcwd []", ["not valid YAML", "os.getcwd"]),
     # Not YAMLErrors in PyYAML, so that each needs its own care.
-    ("? [a, b]\n: 1", ["not valid YAML"]),
+    ("? [a, b]\n: 1", ["not valid YAML", "a key must be a word, got a sequence"]),
     ("name: 2024-99-99", ["not valid YAML"]),
 ]
 
@@ -111,6 +115,13 @@ def test_two_broken_rules_are_two_lines(recipe: Path) -> None:
 def test_unknown_key_far_from_all_reads_as_a_sentence(recipe: Path) -> None:
     recipe.write_text("name: resnet50\nzzzz: 1")
     with pytest.raises(ValueError, match=r"unknown key 'zzzz'[;.:,] known keys: "):
+        load_config(recipe)
+
+
+def test_two_unknown_keys_read_as_a_sentence(recipe: Path) -> None:
+    recipe.write_text("name: resnet50\nzzzz: 1\nfreez_at: 2")
+    rule = r"unknown key 'zzzz'; unknown key 'freez_at'; did you mean 'freeze_at'\? known keys: name, "
+    with pytest.raises(ValueError, match=rule):
         load_config(recipe)
 
 

@@ -1,0 +1,112 @@
+"""One convolution with its bias, residual and ReLU, by the fastest kernel the device has. No autograd here."""
+
+from typing import Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ONEDNN: Final = hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # not in every build of torch
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks over its input; each pair is (vertical, horizontal)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> "Geometry":
+        """Read the geometry off a convolution with numeric padding."""
+        stride, padding, dilation = (tuple(map(int, pair)) for pair in (conv.stride, conv.padding, conv.dilation))
+        return cls(stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
+
+
+def conv_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    geometry: Geometry,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    reuse_residual: bool = False,
+) -> Tensor:
+    """Return ``relu(conv(x, weight) + bias + residual)``, in channels_last where the kernel prefers it.
+
+    Args:
+        x: Features (N, C_in, H, W).
+        weight: (C_out, C_in / groups, kh, kw) in the dtype of ``x``, as it is or from ``pack``.
+        bias: (C_out,) in the dtype of ``x``.
+        geometry: Stride, padding, dilation, groups.
+        residual: Added before the ReLU, shaped like the result.
+        relu: Whether a ReLU ends the operation.
+        reuse_residual: Whether the result may take the memory of ``residual``.
+    """
+    if has_onednn(x):
+        return _onednn(x, weight, bias, geometry, residual, relu=relu, reuse_residual=reuse_residual)
+    if _has_cudnn(x) and relu:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        if residual.is_contiguous(memory_format=torch.channels_last) or residual.is_contiguous():
+            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+    out = F.conv2d(x, weight, bias, *geometry)
+    if residual is not None:
+        out = out.add_(residual)
+    return out.relu_() if relu else out
+
+
+def pack(weight: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
+    """Return ``weight`` in the layout the device's kernel wants for inputs like ``x``; others work as well."""
+    if has_onednn(x):
+        stride, padding, dilation, groups = geometry
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(), padding, stride, dilation, groups, list(x.shape)
+        )
+        return packed
+    return weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else weight
+
+
+def has_onednn(x: Tensor) -> bool:
+    """Whether oneDNN's fused convolution takes ``x``."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not _ONEDNN:
+        return False
+    if x.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if x.dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return x.dtype == torch.float32
+
+
+def _onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    geometry: Geometry,
+    residual: Tensor | None,
+    *,
+    relu: bool,
+    reuse_residual: bool,
+) -> Tensor:
+    ops = torch.ops.mkldnn
+    stride, padding, dilation, groups = geometry
+    where = (padding, stride, dilation, groups)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out: Tensor
+    if residual is None:
+        out = ops._convolution_pointwise(x, weight, bias, *where, "relu" if relu else "none", [], "")
+        return out
+    reuse = reuse_residual and residual.is_contiguous(memory_format=torch.channels_last)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    add_relu: tuple[object, ...] = ("add", 1.0, "relu" if relu else None, [], None)
+    if reuse:
+        out = ops._convolution_pointwise_(residual, x, weight, bias, *where, *add_relu)
+    else:
+        out = ops._convolution_pointwise(x, residual, weight, bias, *where, *add_relu)
+    return out
+
+
+def _has_cudnn(x: Tensor) -> bool:
+    return x.is_cuda and torch.backends.cudnn.enabled and torch.version.hip is None
