@@ -45,7 +45,7 @@ def conv_norm_act(
     Returns:
         Features (N, C_out, H_out, W_out) in the dtype of the convolution's output.
     """
-    if isinstance(conv, FoldedConv2d):
+    if isinstance(conv, FoldedConv2d) and isinstance(norm, nn.Identity):
         return conv.fused(x, residual, relu=relu, reuse_residual=reuse_residual)
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, FrozenBatchNorm2d) or not _fusable(x, conv, norm):
         out: Tensor = norm(conv(x))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from backbone import Backbone, BackboneConfig, build_backbone
 
-
 torch.set_num_threads(1)  # the test processes share the cores; threads waiting for each other would be slower
 
 

@@ -1,0 +1,185 @@
+"""An optimised copy gives the same outputs, has no norms left, and leaves the original alone."""
+
+import copy
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import build, randomise_norms, relative_error
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FeaturePyramidNetwork
+
+from backbone import Backbone, optimize_for_inference
+from backbone.resnet import FAMILY
+
+
+def trained(name: str = "resnet18", **settings: object) -> Backbone:
+    model = build(name, **settings)
+    randomise_norms(model)
+    return model
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "sync_bn"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+@torch.no_grad()
+def test_features_stay_the_same_and_no_norm_is_left(name: str, norm: str) -> None:
+    model = trained(name, norm=norm, output_stride=16)
+    images = torch.randn(2, 3, 65, 97)
+    expected = model.eval()(images)
+    fast = optimize_for_inference(model)
+    assert not [module for module in fast.modules() if "Norm" in type(module).__name__]
+    actual = fast(images)
+    assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_norm_of_every_network_is_folded(name: str) -> None:
+    with torch.device("meta"):
+        model = build(name, num_classes=10)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert optimize_for_inference(model).optimization.folded == norms  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_logits_stay_the_same() -> None:
+    model = trained(num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert relative_error(optimize_for_inference(model)(images)["logits"], model(images)["logits"]) <= 1e-5
+
+
+@torch.no_grad()
+def test_bfloat16_takes_float_images_and_returns_bfloat16() -> None:
+    model = trained(norm="frozen_bn").eval()
+    images = torch.randn(1, 3, 64, 64)
+    features = optimize_for_inference(model, dtype=torch.bfloat16)(images)
+    assert {feature.dtype for feature in features.values()} == {torch.bfloat16}
+    assert relative_error(features["c5"], model(images)["c5"]) < 3e-2
+
+
+def test_the_original_stays_as_it_was() -> None:
+    model = trained(norm="bn").train()
+    state, text = copy.deepcopy(model.state_dict()), str(model)
+    optimize_for_inference(model)
+    assert (str(model), model.training) == (text, True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_group_norms_are_kept_and_named() -> None:
+    model = trained(norm="gn").eval()
+    fast: Any = optimize_for_inference(model)
+    images = torch.randn(1, 3, 64, 64)
+    assert fast.optimization.kept[0] == "bn1"
+    assert relative_error(fast(images)["c5"], model(images)["c5"]) <= 1e-5
+
+
+def test_it_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="backbone"):
+        optimize_for_inference(trained())
+    assert "folded 20 norms, prepared 0 other convolutions, computes in float32" in caplog.text
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@torch.no_grad()
+def test_a_used_optimised_model_can_be_copied(copying: Any) -> None:
+    fast = optimize_for_inference(trained())
+    images = torch.randn(1, 3, 64, 64)
+    expected = fast(images)["c5"]
+    assert torch.equal(copying(fast)(images)["c5"], expected)
+
+
+@torch.no_grad()
+def test_new_weights_in_an_optimised_model_are_used() -> None:
+    fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    fast(images)
+    other = optimize_for_inference(trained())
+    fast.load_state_dict(other.state_dict())
+    assert torch.equal(fast(images)["c5"], other(images)["c5"])
+
+
+def test_an_optimised_model_lets_gradients_reach_the_image() -> None:
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    optimize_for_inference(trained())(images)["c5"].sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_an_optimised_model_exports() -> None:
+    fast, images = optimize_for_inference(trained()), torch.randn(2, 3, 64, 64)
+    program = torch.export.export(fast, (images,))
+    assert relative_error(program.module()(images)["c5"], fast(images)["c5"]) <= 1e-5
+
+
+def test_a_dtype_that_is_no_float_is_refused() -> None:
+    with pytest.raises(ValueError, match="floating-point type"):
+        optimize_for_inference(trained(), dtype=torch.int8)
+
+
+class Levels(nn.Module):
+    """Our backbone under the keys of torchvision's pyramid."""
+
+    def __init__(self, model: Backbone) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {str(index): feature for index, feature in enumerate(self.model(images).values())}
+
+
+class WithPyramid(nn.Module):
+    """Our backbone and torchvision's FPN."""
+
+    def __init__(self, model: Backbone) -> None:
+        super().__init__()
+        self.model = model
+        self.fpn = FeaturePyramidNetwork([spec.channels for spec in model.feature_specs.values()], 32)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.fpn(self.model(images))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@torch.no_grad()
+def test_the_pyramid_is_optimised_with_its_backbone(dtype: torch.dtype | None) -> None:
+    model = WithPyramid(trained()).eval()
+    fast: Any = optimize_for_inference(model, dtype=dtype)
+    images = torch.randn(1, 3, 96, 64)
+    assert fast.optimization.prepared == 8
+    for level, expected in model(images).items():
+        assert relative_error(fast(images)[level], expected) <= (3e-2 if dtype else 1e-5)
+
+
+@pytest.mark.parametrize("detector", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
+@torch.no_grad()
+def test_a_torchvision_detector_detects_the_same(detector: str) -> None:
+    model: Any = torchvision.models.get_model(
+        detector, weights=None, weights_backbone=None, num_classes=5, min_size=96, max_size=96
+    )
+    randomise_norms(model)
+    assert isinstance(model.backbone, BackboneWithFPN)
+    levels = ["c3", "c4", "c5"] if detector.startswith("retinanet") else ["c2", "c3", "c4", "c5"]
+    ours = trained("resnet50", norm="frozen_bn", out_features=levels)
+    ours.load_state_dict(model.backbone.body.state_dict())
+    model.backbone.body = Levels(ours)
+    images = [torch.rand(3, 96, 80)]
+    model.eval()
+    expected, actual = model(images)[0], optimize_for_inference(model)(images)[0]
+    assert torch.equal(actual["labels"], expected["labels"])
+    torch.testing.assert_close(actual["boxes"], expected["boxes"], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(actual["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_detector_in_bfloat16_keeps_its_heads_in_float() -> None:
+    model: Any = torchvision.models.get_model(
+        "fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None, min_size=96, max_size=96
+    )
+    fast: Any = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert {feature.dtype for feature in fast.backbone(torch.rand(1, 3, 96, 96)).values()} == {torch.float32}
+    assert fast([torch.rand(3, 96, 80)])[0]["scores"].dtype == torch.float32

@@ -1,0 +1,113 @@
+"""What only a GPU can show: the cuDNN kernels' values, gradients, memory, and graphs around the model."""
+
+import pytest
+import torch
+from conftest import build, randomise_norms, relative_error
+from torch import Tensor
+
+from backbone import Backbone, optimize_for_inference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+HALF = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def pair(name: str = "resnet50", **settings: object) -> tuple[Backbone, Backbone]:
+    """A model with trainable norms, which runs unfused, and one with frozen norms of the same weights."""
+    plain = build(name, norm="bn", **settings).cuda().eval()
+    randomise_norms(plain)
+    frozen = build(name, norm="frozen_bn", **settings).cuda().eval()
+    frozen.load_state_dict(plain.state_dict())
+    return plain, frozen
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+@torch.no_grad()
+def test_float32_features_equal_plain_pytorch(name: str, layout: torch.memory_format) -> None:
+    plain, frozen = pair(name, output_stride=16)
+    images = torch.randn(2, 3, 97, 129, device="cuda").to(memory_format=layout)
+    for model in (frozen, optimize_for_inference(frozen)):
+        actual, expected = model(images), plain(images)
+        assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@torch.no_grad()
+def test_half_precision_features_are_right(dtype: torch.dtype) -> None:
+    plain, frozen = pair()
+    images = torch.randn(2, 3, 97, 129, device="cuda")
+    expected = plain(images)
+    with torch.autocast("cuda", dtype):
+        ours = frozen(images)
+    for actual in (ours, optimize_for_inference(frozen, dtype=dtype)(images)):
+        assert {feature.dtype for feature in actual.values()} == {dtype}
+        assert max(relative_error(actual[level], expected[level]) for level in expected) <= HALF[dtype]
+
+
+def gradients(model: Backbone, images: Tensor, **autocast: object) -> dict[str, Tensor]:
+    model.zero_grad()
+    with torch.autocast("cuda", **autocast):  # type: ignore[arg-type]
+        features = model(images)
+    torch.stack([feature.float().square().mean() for feature in features.values()]).sum().backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and "conv" in name}
+
+
+def test_gradients_equal_plain_pytorch() -> None:
+    plain, frozen = pair()
+    images = torch.randn(2, 3, 96, 128, device="cuda")
+    expected = gradients(plain, images, enabled=False)
+    for name, actual in gradients(frozen, images, enabled=False).items():
+        assert relative_error(actual, expected[name]) <= 1e-4, name
+
+
+def test_bfloat16_gradients_are_as_good_as_plain_ones() -> None:
+    plain, frozen = pair()
+    images = torch.randn(2, 3, 96, 128, device="cuda")
+    exact = gradients(plain, images, enabled=False)
+
+    def worst(candidate: dict[str, Tensor]) -> float:
+        return max(float((candidate[name] - exact[name]).norm() / exact[name].norm()) for name in exact)
+
+    half = {"dtype": torch.bfloat16, "enabled": True}
+    assert worst(gradients(frozen, images, **half)) <= 1.3 * worst(gradients(plain, images, **half))
+
+
+@torch.no_grad()
+def test_a_replayed_graph_sees_new_weights() -> None:
+    model = build("resnet18", norm="frozen_bn").cuda().eval()
+    images = torch.randn(1, 3, 64, 64, device="cuda")
+    model(images)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        features = model(images)
+    model.get_parameter("conv1.weight").mul_(0.5)
+    graph.replay()
+    assert relative_error(features["c5"], model(images)["c5"]) <= 1e-5
+
+
+@torch.no_grad()
+def test_weights_changed_on_the_gpu_are_used() -> None:
+    plain, frozen = pair("resnet18")
+    images = torch.randn(1, 3, 64, 64, device="cuda")
+    frozen(images)
+    for model in (plain, frozen):
+        model.get_parameter("layer3.0.conv1.weight").mul_(2)
+    assert relative_error(frozen(images)["c5"], plain(images)["c5"]) <= 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_compiled_model_gives_the_same_features(training: bool) -> None:
+    _, frozen = pair("resnet18")
+    images = torch.randn(2, 3, 64, 96, device="cuda")
+    with torch.set_grad_enabled(training):
+        actual, expected = torch.compile(frozen, fullgraph=True)(images), frozen(images)
+    assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
