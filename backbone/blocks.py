@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from backbone.fused import conv_norm_act, is_watched
+from backbone.fused import conv_norm_act, residual_block
 from backbone.norm import NormLayer
 
 
@@ -43,9 +43,8 @@ class BasicBlock(nn.Module):
 
         ``reuse_input`` says that nobody needs ``x`` any more, so that the output may take its memory.
         """
-        out = conv_norm_act(x, self.conv1, self.bn1)
-        residual, reuse = _shortcut(x, self.downsample, reuse_input)
-        return conv_norm_act(out, self.conv2, self.bn2, residual, reuse_residual=reuse)
+        layers = ((self.conv1, self.bn1), (self.conv2, self.bn2))
+        return residual_block(x, layers, self.downsample, reuse_input=reuse_input)
 
 
 class Bottleneck(nn.Module):
@@ -96,10 +95,8 @@ class Bottleneck(nn.Module):
 
         ``reuse_input`` says that nobody needs ``x`` any more, so that the output may take its memory.
         """
-        out = conv_norm_act(x, self.conv1, self.bn1)
-        out = conv_norm_act(out, self.conv2, self.bn2)
-        residual, reuse = _shortcut(x, self.downsample, reuse_input)
-        return conv_norm_act(out, self.conv3, self.bn3, residual, reuse_residual=reuse)
+        layers = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        return residual_block(x, layers, self.downsample, reuse_input=reuse_input)
 
 
 class Projection(nn.Sequential):
@@ -123,10 +120,3 @@ def _projection(in_channels: int, out_channels: int, stride: int, norm: NormLaye
     if stride == 1 and in_channels == out_channels:
         return None
     return Projection(in_channels, out_channels, stride, norm)
-
-
-def _shortcut(x: Tensor, downsample: Projection | None, reuse_input: bool) -> tuple[Tensor, bool]:
-    """Return what a block adds at its end, and whether its memory may be reused."""
-    if downsample is None:
-        return x, reuse_input
-    return downsample(x), not any(is_watched(module) for module in downsample.modules())

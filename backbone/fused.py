@@ -9,18 +9,20 @@ it never needs a pass over activations. ``conv_norm_act`` picks, per call,
 * otherwise one fused kernel (kernels.py) on folded weights that are cached and never stale.
 """
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from backbone.kept import unless_changed
-from backbone.kernels import Geometry, conv_bias_act, pack
+from backbone.kernels import Geometry, conv_backward, conv_bias_act, pack
 from backbone.norm import FrozenBatchNorm2d
+
+Layer: TypeAlias = tuple[nn.Module, nn.Module]
+"""A convolution and its norm."""
 
 
 def conv_norm_act(
@@ -47,22 +49,45 @@ def conv_norm_act(
     """
     if isinstance(conv, FoldedConv2d) and isinstance(norm, nn.Identity):
         return conv.fused(x, residual, relu=relu, reuse_residual=reuse_residual)
-    if not isinstance(conv, nn.Conv2d) or not isinstance(norm, FrozenBatchNorm2d) or not _fusable(x, conv, norm):
+    if not _is_fusable(x, conv, norm):
         out: Tensor = norm(conv(x))
         if residual is not None:
             out = out + residual
         return F.relu(out, inplace=True) if relu else out
-    dtype = _compute_dtype(x)
-    x = x.to(dtype)
-    residual = residual if residual is None else residual.to(dtype)
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, conv.weight, residual)
-    ):
-        scale, shift = _scale_and_shift(norm, dtype)
-        arguments = (x, conv.weight, scale, shift, residual, relu, Geometry.of(conv))
-        return _FoldedConvolution.apply(*arguments)  # type: ignore[no-any-return]
+    x = x.to(_compute_dtype(x))
+    residual = residual if residual is None else residual.to(x.dtype)
+    if _needs_grad(x, conv.weight, residual):
+        return _with_gradient(x, residual, [(conv, norm)], None, relu=relu)
     weight, bias = _folded(conv, norm, x)
     return conv_bias_act(x, weight, bias, Geometry.of(conv), residual, relu=relu, reuse_residual=reuse_residual)
+
+
+def residual_block(
+    x: Tensor, layers: Sequence[Layer], projection: nn.Sequential | None, *, reuse_input: bool = False
+) -> Tensor:
+    """Return ``relu(layers(x) + shortcut(x))``, with a ReLU after each layer but the last.
+
+    Args:
+        x: Features (N, C_in, H, W).
+        layers: The branch: convolutions and their norms.
+        projection: Convolution and norm of the shortcut; None where it is the identity.
+        reuse_input: Whether nobody needs ``x`` any more, so that the result may take its memory.
+    """
+    shortcut = [] if projection is None else [(projection[0], projection[1])]
+    everything = [*layers, *shortcut]
+    watched = projection is not None and is_watched(projection)
+    if not watched and torch.is_grad_enabled() and all(_is_fusable(x, conv, norm) for conv, norm in everything):
+        x = x.to(_compute_dtype(x))
+        if _needs_grad(x, *(conv.weight for conv, _ in everything)):
+            return _with_gradient(x, None, layers, shortcut)
+    out = x
+    for conv, norm in layers[:-1]:
+        out = conv_norm_act(out, conv, norm)
+    conv, norm = layers[-1]
+    if projection is None:
+        return conv_norm_act(out, conv, norm, x, reuse_residual=reuse_input)
+    unseen = not any(is_watched(module) for module in projection.modules())
+    return conv_norm_act(out, conv, norm, projection(x), reuse_residual=unseen)
 
 
 def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,9 +110,10 @@ class FoldedConv2d(nn.Conv2d):
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
         super().__init__(conv.in_channels, conv.out_channels, 1, groups=conv.groups, device="meta")
         self.kernel_size, self.padding_mode = conv.kernel_size, conv.padding_mode
-        self.stride, self.padding, self.dilation, _ = Geometry.of(conv)
+        self.geometry = Geometry.of(conv)
+        self.stride, self.padding, self.dilation, _ = self.geometry
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.bias: nn.Parameter = nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         self._packed: tuple[int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,16 +124,20 @@ class FoldedConv2d(nn.Conv2d):
         self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, reuse_residual: bool = False
     ) -> Tensor:
         """Return ``relu(conv(x) + bias + residual)`` in the dtype of the weight; arguments as ``conv_norm_act``."""
-        x = x.to(self.weight.dtype)
-        if _is_seen_through(x) or (torch.is_grad_enabled() and x.requires_grad):
-            out = F.conv2d(x, self.weight, self.bias, *Geometry.of(self))
+        weight, bias = self._parameters["weight"], self._parameters["bias"]  # 106 look-ups a pass: the short way
+        assert weight is not None
+        assert bias is not None
+        if x.dtype != weight.dtype:
+            x = x.to(weight.dtype)
+        if _is_seen_through(x) or (x.requires_grad and torch.is_grad_enabled()):
+            out = F.conv2d(x, weight, bias, *self.geometry)
             out = out if residual is None else out + residual
             return F.relu(out) if relu else out
-        if self._packed is None or self._packed[0] != self.weight._version:
+        if self._packed is None or self._packed[0] != weight._version:
             with torch.inference_mode(False), torch.no_grad():
-                self._packed = self.weight._version, pack(self.weight, Geometry.of(self), x)
-        weight, geometry = self._packed[1], Geometry.of(self)
-        return conv_bias_act(x, weight, self.bias, geometry, residual, relu=relu, reuse_residual=reuse_residual)
+                self._packed = weight._version, pack(weight, self.geometry, x)
+        packed = self._packed[1]
+        return conv_bias_act(x, packed, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._packed = None
@@ -121,49 +151,108 @@ class FoldedConv2d(nn.Conv2d):
         return {**self.__dict__, "_packed": None}  # a packed weight can be neither copied nor pickled
 
 
-class _FoldedConvolution(torch.autograd.Function):
-    """``relu(conv(x, weight * scale) + shift + residual)`` that saves no folded weight and no extra activation.
+def _with_gradient(
+    x: Tensor, residual: Tensor | None, layers: Sequence[Layer], shortcut: Sequence[Layer] | None, *, relu: bool = True
+) -> Tensor:
+    """Run layers, and a block's shortcut where there is one (empty for the identity), as one autograd node."""
+    everything = [*layers, *(shortcut or ())]
+    norms = [norm for _, norm in everything]
 
-    ``scale`` and ``shift`` are constants. The output is saved for the ReLU's mask; the next layer saves it as its
-    input anyway.
+    def compute() -> tuple[Tensor, ...]:
+        pairs = [norm.scale_and_shift() for norm in norms]
+        return (*(scale for scale, _ in pairs), *(shift.to(x.dtype) for _, shift in pairs))
+
+    constants = unless_changed(norms, (), ("scales and shifts", x.dtype, len(norms)), compute)
+    plan = _Plan(
+        geometries=tuple(Geometry.of(conv) for conv, _ in layers),
+        projection=Geometry.of(shortcut[0][0]) if shortcut else None,
+        adds_input=shortcut is not None and not shortcut,
+        relu=relu,
+    )
+    weights = [conv.weight for conv, _ in everything]
+    return _FoldedLayers.apply(plan, constants, x, residual, *weights)  # type: ignore[no-any-return]
+
+
+class _Plan(NamedTuple):
+    """The shape of one autograd node: its layers, and what is added before the last ReLU."""
+
+    geometries: tuple[Geometry, ...]
+    projection: Geometry | None
+    adds_input: bool
+    relu: bool
+
+
+class _FoldedLayers(torch.autograd.Function):
+    """Convolutions with frozen norms, a shortcut and ReLUs, saving no folded weight and no extra activation.
+
+    Scales and shifts are constants. What is saved is each convolution's input and the output (for the ReLU's mask; the
+    next node saves it as its input anyway), the raw weights and the scales.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401
+        plan: _Plan,
+        constants: tuple[Tensor, ...],
         x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
         residual: Tensor | None,
-        relu: bool,
-        geometry: Geometry,
+        *weights: Tensor,
     ) -> Tensor:
-        folded = _scaled(weight, scale, x.dtype, _memory_format(x))
-        out = conv_bias_act(x, folded, shift, geometry, residual, relu=relu)
-        ctx.relu, ctx.geometry = relu, geometry
-        ctx.save_for_backward(x, weight, scale, out if relu else None)
+        scales, shifts = constants[: len(weights)], constants[len(weights) :]
+        layout = _memory_format(x)
+        folded = [_scaled(w, scale, x.dtype, layout) for w, scale in zip(weights, scales, strict=True)]
+        inputs = [x]
+        for weight, shift, geometry in zip(folded, shifts, plan.geometries[:-1], strict=False):
+            inputs.append(conv_bias_act(inputs[-1], weight, shift, geometry))
+        if plan.projection:
+            residual = conv_bias_act(x, folded[-1], shifts[-1], plan.projection, relu=False)
+        last = len(plan.geometries) - 1
+        out = conv_bias_act(
+            inputs[-1], folded[last], shifts[last], plan.geometries[last],
+            x if plan.adds_input else residual, relu=plan.relu, reuse_residual=plan.projection is not None,
+        )  # fmt: skip
+        ctx.plan = plan
+        ctx.save_for_backward(*weights, *scales, *inputs, out if plan.relu else None)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, weight, scale, out = ctx.saved_tensors
-        if ctx.relu:
+        plan, (_, _, needs_x, needs_residual, *needs_weights) = ctx.plan, ctx.needs_input_grad
+        count = len(needs_weights)
+        saved = ctx.saved_tensors
+        weights, scales, inputs, out = saved[:count], saved[count : 2 * count], saved[2 * count : -1], saved[-1]
+        layout = _memory_format(inputs[0])
+        grads: list[Tensor | None] = [None] * count
+
+        def through(index: int, grad: Tensor, x: Tensor, geometry: Geometry, needs_x: bool) -> Tensor | None:
+            """Take ``grad`` back through convolution ``index``, keeping its weight's gradient."""
+            folded = _scaled(weights[index], scales[index], x.dtype, layout) if needs_x else weights[index].to(x.dtype)
+            needs_weight = needs_weights[index]
+            grad_x, grad_weight = conv_backward(grad, x, folded, geometry, needs_x=needs_x, needs_weight=needs_weight)
+            if grad_weight is not None:
+                grads[index] = _scaled(grad_weight, scales[index], weights[index].dtype)
+            return grad_x
+
+        if plan.relu:
             grad = torch.ops.aten.threshold_backward(grad, out, 0)
-        needs_x, needs_weight, _, _, needs_residual, *_ = ctx.needs_input_grad
-        layout = _memory_format(x)
-        grad = grad.contiguous(memory_format=layout)
-        grad_x = grad_weight = None
-        if needs_x or needs_weight:
-            stride, padding, dilation, groups = ctx.geometry
-            folded = _scaled(weight, scale, x.dtype, layout)
-            where = (stride, padding, dilation, False, (0, 0), groups)
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, x, folded, None, *where, (needs_x, needs_weight, False)
-            )
-        if grad_weight is not None:
-            grad_weight = _scaled(grad_weight, scale, weight.dtype)
-        return grad_x, grad_weight, None, None, grad if needs_residual else None, None, None
+        at_end: Tensor = grad.contiguous(memory_format=layout)
+        current: Tensor | None = at_end
+        for index in reversed(range(len(plan.geometries))):
+            if current is None:
+                break
+            x, needs_input = inputs[index], needs_x or any(needs_weights[:index])
+            if needs_input or needs_weights[index]:
+                current = through(index, current, x, plan.geometries[index], needs_input)
+            if current is not None and index > 0:
+                current = torch.ops.aten.threshold_backward(current, x, 0)
+        grad_x = current if needs_x else None
+        if plan.projection and (needs_x or needs_weights[-1]):
+            grad_shortcut = through(count - 1, at_end, inputs[0], plan.projection, needs_x)
+        else:
+            grad_shortcut = at_end if plan.adds_input else None
+        if grad_x is not None and grad_shortcut is not None:
+            grad_x = grad_x + grad_shortcut
+        return None, None, grad_x, at_end if needs_residual else None, *grads
 
 
 def _scaled(
@@ -186,14 +275,19 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
 
 
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
-def _fusable(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> bool:
+def _is_fusable(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
     """Whether nobody would notice that ``conv`` and ``norm`` are not called."""
     return (
         type(conv) is nn.Conv2d  # a parametrized convolution is of another class
+        and isinstance(norm, FrozenBatchNorm2d)
         and not _is_seen_through(x)
         and conv.bias is None
         and conv.padding_mode == "zeros"
@@ -213,7 +307,7 @@ def _is_seen_through(x: Tensor) -> bool:
         or x.device.type not in ("cpu", "cuda")
         or x.numel() == 0
         or bool(torch._C._get_tracing_state())
-        or _get_current_dispatch_mode() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )
 
@@ -232,22 +326,9 @@ def is_watched(module: nn.Module) -> bool:
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """The folded weight, packed for inputs like ``x``, and the bias."""
 
-    def compute() -> tuple[Tensor, Tensor]:
+    def compute() -> tuple[Tensor, ...]:
         weight, bias = fold(conv, norm, x.dtype)
         return pack(weight, Geometry.of(conv), x), bias
 
-    return unless_changed(("fold", x.dtype), norm, (conv.weight, *_constants_of(norm)), compute)
-
-
-def _scale_and_shift(norm: FrozenBatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The norm's scale, and its shift in ``dtype``."""
-
-    def compute() -> tuple[Tensor, Tensor]:
-        scale, shift = norm.scale_and_shift()
-        return scale, shift.to(dtype)
-
-    return unless_changed(("scale", dtype), norm, _constants_of(norm), compute)
-
-
-def _constants_of(norm: FrozenBatchNorm2d) -> tuple[Tensor, ...]:
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+    weight, bias = unless_changed([norm], [conv.weight], ("fold", x.dtype), compute)
+    return weight, bias

@@ -5,7 +5,8 @@ used again only if every tensor it came from is the same object, at the same add
 in the same generation of its norm, and (on the CPU, where a look costs nothing) with the same sampled values.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,47 +19,55 @@ _SAMPLES: Final = 64
 
 
 class _Kept(NamedTuple):
-    """Something computed from constants, with all that it depends on, to be compared before it is used again."""
+    """A result with all that it depends on, to be compared before it is used again."""
 
     sources: tuple[Tensor, ...]
     state: tuple[object, ...]
     samples: tuple[Tensor, ...]
-    result: tuple[Tensor, Tensor]
+    result: tuple[Tensor, ...]
 
 
-Key = tuple[str, torch.dtype]
 # Not kept in the modules themselves: a copy, a pickle or a replica starts afresh.
-_kept: WeakKeyDictionary[FrozenBatchNorm2d, dict[Key, _Kept]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[FrozenBatchNorm2d, dict[object, _Kept]] = WeakKeyDictionary()
 
 
 def unless_changed(
-    key: Key,
-    norm: FrozenBatchNorm2d,
-    sources: tuple[Tensor, ...],
-    compute: Callable[[], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Compute from ``sources``, and return the same result for as long as none of them has changed."""
+    norms: Sequence[FrozenBatchNorm2d],
+    weights: Sequence[Tensor],
+    purpose: Hashable,
+    compute: Callable[[], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """Return what ``compute`` makes of norms and weights; the same tensors again until one of those has changed.
+
+    Args:
+        norms: The norms it depends on; the result lives as long as the first one.
+        weights: The weights it depends on.
+        purpose: Tells apart results that depend on the same norms.
+        compute: Makes the result.
+    """
+    sources = (*weights, *(constant for norm in norms for constant in norm.constants()))
     device = sources[0].device
-    if any(source.is_inference() for source in sources) or (
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    ):
+    on_cpu = device.type == "cpu"
+    if any(map(Tensor.is_inference, sources)) or (not on_cpu and torch.cuda.is_current_stream_capturing()):
         return compute()  # inference tensors have no version to compare; a graph must compute on every replay
     state = (
-        norm.generation, norm.eps, device, torch.backends.mkldnn.enabled,
-        *(source._version for source in sources), *(source.data_ptr() for source in sources),
-    )  # fmt: skip
-    samples = tuple(map(_sample, sources)) if device.type == "cpu" else ()
-    entries = _kept.setdefault(norm, {})
-    kept = entries.get(key)
+        device,
+        torch.backends.mkldnn.enabled,
+        *[(norm.generation, norm.eps) for norm in norms],
+        *[(source._version, source.data_ptr()) for source in sources],
+    )
+    samples = tuple(map(_sample, sources)) if on_cpu else ()
+    entries = _kept.setdefault(norms[0], {})
+    kept = entries.get(purpose)
     if (
         kept is None
         or kept.state != state
-        or any(old is not new for old, new in zip(kept.sources, sources, strict=True))
+        or not all(map(operator.is_, kept.sources, sources))
         or not all(map(torch.equal, kept.samples, samples))
     ):
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used outside
             kept = _Kept(sources, state, tuple(sample.clone() for sample in samples), compute())
-        entries[key] = kept
+        entries[purpose] = kept
     return kept.result
 
 

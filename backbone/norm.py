@@ -51,6 +51,11 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features) - eps)
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
+    def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what scale and shift are computed from, besides ``eps``."""
+        buffers = self._buffers
+        return self.weight, self.bias, buffers["running_mean"], buffers["running_var"]  # type: ignore[return-value]
+
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return the constants (C,), (C,) with ``output = input * scale + shift``, in float32 or better."""
         dtype = torch.promote_types(self.running_var.dtype, torch.float32)

@@ -34,12 +34,12 @@ LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.cha
 @contextmanager
 def unfused() -> Iterator[None]:
     """Let every call take the plain path."""
-    original = fused._fusable
-    fused._fusable = lambda *_: False
+    original = fused._is_fusable
+    fused._is_fusable = lambda *_: False
     try:
         yield
     finally:
-        fused._fusable = original
+        fused._is_fusable = original
 
 
 def conv_and_norm(settings: dict[str, int], channels: int = 16) -> tuple[nn.Conv2d, FrozenBatchNorm2d]:

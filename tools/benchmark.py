@@ -6,469 +6,320 @@
 
 Every contender gets the same weights and images and must agree with torchvision in float32 before it is timed. A round
 times each contender once, in shuffled order, and ratios are taken within rounds, so that a slow moment of the machine
-touches both sides. Contenders are added in ``PEERS``.
+touches both sides.
 """
 
-import contextlib
-import functools
+import dataclasses
 import gc
-import importlib
-import importlib.metadata
-import io
 import itertools
 import json
-import math
 import platform
-import random
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torchvision
 import typer
+from benchmark_contenders import PEERS, Contender, builders_of, onnx_of, tensors_of, torchvision_peer
+from benchmark_measures import Layer, count_layers, measure_machine, memory_of, paired_ratio, synchronize, time_rounds
+from benchmark_networks import Case, DeviceName, DtypeName, NotHere, Workload, images_of, in_float32
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
-from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import FrozenBatchNorm2d, box_iou
+from torch import Tensor
+from torchvision.ops import box_iou
 
-from backbone import Backbone, BackboneConfig, build_backbone, optimize_for_inference
-
-FREEZE_AT = 2  # stem and C2, as detectors are trained
-FROZEN = ("conv1", "bn1", "layer1")  # the same in torchvision's names
-TIMED_SECONDS = 0.05  # at least this long per contender and round, so that the clock's grain does not count
 FLOAT32_LIMIT = 1e-5  # largest difference in units of the largest value, from torchvision in float32
-HALF_LIMIT = 5e-2  # the same in half precision, where torchvision's own error times three is the other limit
-GRADIENT_LIMIT = 1e-3  # in float32: a ReLU input that rounds to the other side of zero switches a whole gradient
+HALF_LIMIT = 5e-2  # the same in half precision, where torchvision's own error sets another
+OWN_ERRORS = 3  # times torchvision's own error in half precision is what ours may have
+# In float32. A ReLU input that rounds to the other side of zero switches a whole gradient; a score that rounds to the
+# other side of a neighbour's can let another box win.
+MISMATCH_LIMIT = 5e-3
 OVERLAP = 0.9  # intersection over union above which two detections are the same
 MIB = 2**20
 
-Run: TypeAlias = Callable[[], list[Tensor]]
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
-class Workload(StrEnum):
-    """What is timed."""
-
-    INFER = "infer"
-    TRAIN = "train"
-    DETECTOR = "detector"
-
-
-class DtypeName(StrEnum):
-    """What convolutions compute in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class DeviceName(StrEnum):
-    """Where it runs."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class NotHere(Exception):  # noqa: N818 - not an error: the reason stands in the table
-    """A contender that cannot take part; the message is the reason."""
-
-
 @dataclass(frozen=True)
-class Case:
-    """One benchmark: the network, its images (sizes in pixels) and where it runs."""
+class Answer:
+    """What one contender computes, as float32 on the CPU."""
 
-    workload: Workload
-    name: str
-    batch: int
-    height: int
-    width: int
-    dtype_name: DtypeName
-    device: DeviceName
+    features: list[Tensor]
+    gradients: dict[str, Tensor]
+    detections: Tensor | None
 
-    def __str__(self) -> str:
-        size = f"{self.batch}x3x{self.height}x{self.width}"
-        return f"{self.workload} {self.name}, {size}, {self.dtype_name}, {self.device}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The torch dtype of that name."""
-        return getattr(torch, self.dtype_name)  # type: ignore[no-any-return]
-
-    @property
-    def is_half(self) -> bool:
-        """Whether it computes in 16 bits."""
-        return self.dtype != torch.float32
-
-    @property
-    def is_train(self) -> bool:
-        """Whether gradients are computed."""
-        return self.workload is Workload.TRAIN
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """channels_last where a user in the know has it: on CUDA and in training."""
-        last = self.device is DeviceName.CUDA or self.is_train
-        return torch.channels_last if last else torch.contiguous_format
-
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Autocast to the dtype; float32 runs without."""
-        return torch.autocast(self.device, self.dtype, enabled=self.is_half)
-
-    def place(self, network: nn.Module) -> nn.Module:
-        """Move ``network`` to the device, in the case's memory format and mode."""
-        return network.to(self.device).to(memory_format=self.memory_format).train(self.is_train)  # type: ignore[call-overload,no-any-return]
-
-
-@dataclass
-class Contender:
-    """One way to do the work.
-
-    Attributes:
-        name: Shown in the table.
-        forward: Returns the features, or the boxes of a detector; prepares itself at the first call.
-        step: What is timed: the same, or forward and backward.
-        network: The module at work; None outside torch.
-        parameters: The trainable parameters by torchvision's names.
-        first_call: Seconds of the first step, compilation included.
-        error: Largest difference from torchvision in float32, in units of its largest value; in a detector the
-            fraction of its detections that have no equal.
-        gradient_error: Largest norm of a gradient's difference over the norm of that gradient.
-        memory: Bytes saved for backward (CPU) or allocated at the peak over what was there before (CUDA).
-        held: Bytes that the contender keeps allocated between its steps (CUDA).
-        times: Seconds per step, one per round.
-    """
-
-    name: str
-    forward: Run
-    step: Run
-    network: nn.Module | None = None
-    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    first_call: float = 0.0
-    error: float = 0.0
-    gradient_error: float = 0.0
-    memory: int | None = None
-    held: int | None = None
-    times: list[float] = field(default_factory=list)
-
-    def clear(self) -> None:
-        """Drop the gradients."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Copies of the gradients of the last step, on the CPU."""
-        return {name: p.grad.float().cpu() for name, p in self.parameters.items() if p.grad is not None}
-
-
-# Networks and images: one set of weights for all
-
-
-@functools.lru_cache(maxsize=1)
-def images_of(case: Case) -> Tensor:
-    """Random images (N, 3, H, W), as normalised; those of a detector are in 0 to 1."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (case.batch, 3, case.height, case.width)
-    draw = torch.rand if case.workload is Workload.DETECTOR else torch.randn
-    return draw(shape, generator=generator).to(case.device).contiguous(memory_format=case.memory_format)
-
-
-@functools.lru_cache(maxsize=1)
-def state_of(name: str) -> dict[str, Tensor]:
-    """Random weights with uneven statistics, under torchvision's names.
-
-    The last norm of each block is small, as it is after training, so that 50 blocks do not overflow.
-    """
-    torch.manual_seed(0)
-    network = torchvision.models.get_model(name, norm_layer=FrozenBatchNorm2d)
-    for norm in network.modules():
-        if isinstance(norm, FrozenBatchNorm2d):
-            norm.weight.uniform_(0.8, 1.2)
-            norm.bias.normal_(0, 0.1)
-            norm.running_mean.normal_(0, 0.1)
-            norm.running_var.uniform_(0.8, 1.2)
-    for block in network.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
-            getattr(block, "bn3", block.bn2).weight.mul_(0.3)
-    return {key: value for key, value in network.state_dict().items() if not key.startswith("fc.")}
-
-
-def torchvision_network(case: Case) -> nn.Module:
-    """C2 to C5 by torchvision's own getter, with its own frozen norms."""
-    network = torchvision.models.get_model(case.name, norm_layer=FrozenBatchNorm2d)
-    getter = IntermediateLayerGetter(network, return_layers={f"layer{n}": f"c{n + 1}" for n in range(1, 5)})
-    getter.load_state_dict(state_of(case.name))
-    return case.place(getter)
-
-
-def our_network(case: Case) -> Backbone:
-    """Ours, as a user builds it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        network = build_backbone(BackboneConfig(name=case.name, freeze_at=FREEZE_AT if case.is_train else 0))
-    network.load_state_dict(state_of(case.name))
-    case.place(network)
-    return network
-
-
-def timm_network(case: Case) -> nn.Module:
-    """Timm's features_only network; its own frozen norms where it trains."""
-    timm = import_peer("timm")
-    network = timm.create_model(case.name, features_only=True, pretrained=False, out_indices=(1, 2, 3, 4))
-    network.load_state_dict(state_of(case.name))
-    return case.place(timm.layers.freeze_batch_norm_2d(network) if case.is_train else network)
-
-
-def detectron2_network(case: Case) -> nn.Module:
-    """Detectron2's ResNet with its own frozen norms and torchvision's place of the stride."""
-    resnet, config = import_peer("detectron2.modeling.backbone.resnet"), import_peer("detectron2.config")
-    cfg = config.get_cfg()
-    cfg.MODEL.RESNETS.DEPTH = int(case.name.removeprefix("resnet"))
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    if cfg.MODEL.RESNETS.DEPTH < 50:
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    network: nn.Module = resnet.build_resnet_backbone(cfg, import_peer("detectron2.layers").ShapeSpec(channels=3))
-    network.load_state_dict({to_detectron2(key): value for key, value in state_of(case.name).items()})
-    return case.place(network)
-
-
-def to_detectron2(key: str) -> str:
-    """Translate one of torchvision's parameter names to detectron2's."""
-    if key.startswith(("conv1", "bn1")):
-        return "stem." + key.replace("bn1", "conv1.norm")
-    stage, block, layer, rest = key.removeprefix("layer").split(".", 3)
-    if layer == "downsample":
-        layer, rest = "shortcut", rest.replace("0.", "", 1) if rest.startswith("0.") else rest.replace("1.", "norm.", 1)
-    elif layer.startswith("bn"):
-        layer, rest = layer.replace("bn", "conv"), "norm." + rest
-    return f"res{int(stage) + 1}.{block}.{layer}.{rest}"
-
-
-class Body(nn.Module):
-    """Our backbone in the place of ``backbone.body`` in a torchvision detector."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (N, 3, H, W) -> the features under torchvision's names, "0" (C2) to "3" (C5)."""
-        return {str(index): feature for index, feature in enumerate(self.backbone(images).values())}
-
-
-def detector(case: Case, body: nn.Module | None = None) -> nn.Module:
-    """Torchvision's fasterrcnn_<name>_fpn, with ``body`` for its backbone; it does not resize the images.
-
-    Its classifier is sharpened, so that random weights find 100 objects per image as on a busy photo.
-    """
-    torch.manual_seed(0)
-    fpn = resnet_fpn_backbone(backbone_name=case.name, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5)
-    sides = sorted((case.height, case.width))
-    network = FasterRCNN(fpn, num_classes=91, min_size=sides[0], max_size=sides[1])
-    network.roi_heads.box_predictor.cls_score.weight.data.mul_(20)
-    fpn.body.load_state_dict(state_of(case.name))
-    if body is not None:
-        fpn.body = body
-    return case.place(network)
-
-
-# Contenders
-
-
-def import_peer(module: str) -> Any:  # noqa: ANN401
-    """Import a peer, or say that it is absent."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise NotHere(f"not importable: {error}") from None
-
-
-def tensors_of(output: object) -> list[Tensor]:
-    """The tensors of a library's output, finest first; of detections a row (image, label, score, box) each."""
-    if isinstance(output, Mapping):
-        return [tensor for tensor in output.values() if isinstance(tensor, Tensor)]
-    assert isinstance(output, list | tuple)
-    if output and isinstance(output[0], Mapping):
-        rows = [
-            torch.cat((torch.full_like(d["scores"], n)[:, None], d["labels"][:, None], d["scores"][:, None], d["boxes"]), 1)
-            for n, d in enumerate(output)
-        ]  # fmt: skip
-        return [torch.cat(rows)]
-    return list(output)
-
-
-def inference(
-    case: Case, name: str, prepare: Callable[[], Callable[..., object]], network: nn.Module | None = None
-) -> Contender:
-    """Make a contender that runs what ``prepare`` returns, without gradients."""
-    images = images_of(case)
-    arguments = list(images) if case.workload is Workload.DETECTOR else images
-    prepared = functools.cache(prepare)
-
-    def forward() -> list[Tensor]:
-        call = prepared()
-        with torch.inference_mode():
-            return tensors_of(call(arguments))
-
-    return Contender(name, forward, forward, network)
-
-
-def training(case: Case, name: str, network: nn.Module, call: Callable[..., object]) -> Contender:
-    """Make a contender of one training step without the optimizer; stem and C2 are frozen."""
-    images = images_of(case)
-    names = {to_detectron2(key): key for key in state_of(case.name)}
-    parameters = {names.get(key, key): parameter for key, parameter in network.named_parameters()}
-    for key, parameter in parameters.items():
-        parameter.requires_grad_(parameter.requires_grad and not key.startswith(FROZEN))
-
-    def forward() -> list[Tensor]:
-        with case.autocast():
-            return tensors_of(call(images))
-
-    def step() -> list[Tensor]:
+    @classmethod
+    def of(cls, case: Case, contender: Contender) -> "Answer":
+        """Ask ``contender``, and add the time of its first step."""
+        start = time.perf_counter()
+        outputs = contender.step()
+        synchronize(case)
+        contender.first_call += time.perf_counter() - start
+        outputs = [output.detach().float().cpu().clone() for output in outputs]
+        gradients = {name: p.grad.float().cpu() for name, p in contender.parameters.items() if p.grad is not None}
         contender.clear()
-        features = forward()
-        torch.stack([feature.float().square().mean() for feature in features]).sum().backward()  # type: ignore[no-untyped-call]
-        return features
+        if case.workload is not Workload.DETECTOR:
+            return cls(outputs, gradients, None)
+        assert contender.network is not None
+        with torch.inference_mode(), case.autocast():
+            maps = contender.network.get_submodule("backbone")(images_of(case))
+        return cls([tensor.float().cpu() for tensor in tensors_of(maps)], {}, outputs[0])
 
-    trainable = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
-    contender = Contender(name, forward, step, network, trainable)
+    def errors(self, reference: "Answer") -> tuple[float, float]:
+        """The ``error`` and the ``mismatch`` of a contender."""
+        assert len(self.features) == len(reference.features)
+        assert self.gradients.keys() == reference.gradients.keys()
+        error = max(map(relative_error, self.features, reference.features))
+        if self.detections is not None and reference.detections is not None:
+            return error, unequal_detections(self.detections, reference.detections)
+        pairs = [(self.gradients[name], gradient) for name, gradient in reference.gradients.items()]
+        return error, max([float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs], default=0.0)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference in units of the largest expected value; NaN if there is one."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} in place of {tuple(expected.shape)}"
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def unequal_detections(actual: Tensor, expected: Tensor) -> float:
+    """The fraction of rows (image, label, score, box) without an equal on the other side, the worse side's."""
+    if not len(actual) or not len(expected):
+        return float(len(actual) != len(expected))
+    equal = (actual[:, None, :2] == expected[None, :, :2]).all(2) & (box_iou(actual[:, 3:], expected[:, 3:]) > OVERLAP)
+    return 1.0 - min(float(equal.any(side).float().mean()) for side in (0, 1))
+
+
+def disagreement(case: Case, contender: Contender, own: tuple[float, float]) -> str | None:
+    """Why ``contender`` must not be timed; ``own`` are torchvision's errors in the dtype of the case."""
+    limit = min(OWN_ERRORS * own[0], HALF_LIMIT) if case.is_half else FLOAT32_LIMIT
+    mismatch_limit = max(OWN_ERRORS * own[1], HALF_LIMIT) if case.is_half else MISMATCH_LIMIT
+    if not contender.error <= limit:
+        return f"features differ by {contender.error:.1e}, more than {limit:.1e}"
+    if not contender.mismatch <= mismatch_limit:
+        what = "gradients differ by" if case.is_train else "detections without an equal:"
+        return f"{what} {contender.mismatch:.1e}, more than {mismatch_limit:.1e}"
+    return None
+
+
+def run_case(case: Case, peers: Sequence[str], compile_at: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Build, compare and time the contenders of one case; return the record that goes into the JSON file."""
+    reference = torchvision_peer(in_float32(case))
+    layers = count_layers(reference)
+    expected = Answer.of(in_float32(case), reference)
+    own = Answer.of(case, torchvision_peer(case)).errors(expected) if case.is_half else (0.0, 0.0)
+    del reference
+    contenders: list[Contender] = []
+    missing: dict[str, dict[str, str]] = {"absent": {}, "rejected": {}}
+    for name, build in builders_of(case, peers, compile_at).items():
+        with console.status(f"{case}: preparing {name}"):
+            try:
+                contender = enter(case, build, expected)
+            except NotHere as reason:
+                missing["absent"][name] = str(reason)
+            except Exception as error:  # a peer's failure is a result
+                missing["rejected"][name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            else:
+                if problem := disagreement(case, contender, own):
+                    missing["rejected"][name] = problem
+                else:
+                    contenders.append(contender)
+    if "ours" in missing["rejected"]:
+        contenders = []  # nothing to compare with
+    time_rounds(case, contenders, rounds, console)
+    machine = measure_machine(case.device, case.dtype)
+    limit = machine.roofline(layers, case.dtype.itemsize)
+    return {
+        "case": dataclasses.asdict(case),
+        "roofline": {**dataclasses.asdict(machine), "flops": total_flops(layers), "seconds": limit},
+        "contenders": [summarise(contender, contenders[0], limit) for contender in contenders],
+        **missing,
+    }
+
+
+def total_flops(layers: Sequence[Layer]) -> int:
+    """Operations of forward and backward."""
+    return sum(layer.flops * (1 + layer.backward_passes) for layer in layers)
+
+
+def enter(case: Case, build: Callable[[Case], Contender], expected: Answer) -> Contender:
+    """Build a contender, run it for the first time, compare it and measure its memory."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    contender = build(case)
+    contender.error, contender.mismatch = Answer.of(case, contender).errors(expected)
+    contender.memory = memory_of(case, contender)
+    gc.collect()
+    contender.held = torch.cuda.memory_allocated() - before if case.device is DeviceName.CUDA else None
     return contender
 
 
-def eager(case: Case, name: str, network: nn.Module, call: Callable[..., object] | None = None) -> Contender:
-    """Make a contender of a network as it stands (or of ``call``, made of it), under autocast."""
-    call = call or network
-    if case.is_train:
-        return training(case, name, network, call)
-
-    def autocast(images: object) -> object:
-        with case.autocast():
-            return call(images)
-
-    return inference(case, name, lambda: autocast, network)
-
-
-def ours(case: Case) -> list[Contender]:
-    """Ours as it is meant to be used, and for inference without ``optimize_for_inference`` besides."""
-    backbone = our_network(case)
-    if case.is_train:
-        return [eager(case, "ours", backbone)]
-    in_detector = case.workload is Workload.DETECTOR
-    network = detector(case, Body(backbone)) if in_detector else backbone
-    dtype = case.dtype if case.is_half else None
-    optimized = optimize_for_inference(network, dtype=dtype)
-
-    def call(images: object) -> object:
-        with case.autocast() if in_detector else contextlib.nullcontext():  # for the heads; the features need none
-            return optimized(images)
-
-    return [inference(case, "ours", lambda: call, optimized), eager(case, "ours (not optimised)", network)]
-
-
-def torchvision_peer(case: Case) -> Contender:
-    """Torchvision as users run it."""
-    network = detector(case) if case.workload is Workload.DETECTOR else torchvision_network(case)
-    return eager(case, "torchvision", network)
-
-
-def compiled_peer(case: Case) -> Contender:
-    """Torchvision compiled as well as torch can."""
-    if case.workload is Workload.DETECTOR:
-        raise NotHere("compiles backbones only: a detector's shapes change")
-    network = torchvision_network(case)
-    if case.device is DeviceName.CUDA:
-        return eager(case, "torchvision-compile", network, torch.compile(network, mode="max-autotune", dynamic=False))
-    options: dict[str, Any] = {} if case.is_train else {"freezing": True}
-    return eager(case, "torchvision-compile", network, torch.compile(network, options=options, dynamic=False))
-
-
-def library_peer(name: str, build: Callable[[Case], nn.Module]) -> Callable[[Case], Contender]:
-    """Another library's backbone."""
-
-    def peer(case: Case) -> Contender:
-        if case.workload is Workload.DETECTOR:
-            raise NotHere("its detectors are other networks")
-        return eager(case, name, build(case))
-
-    return peer
-
-
-@functools.lru_cache(maxsize=1)
-def onnx_of(case: Case) -> bytes:
-    """Torchvision's network as ONNX."""
-    import_peer("onnx")
-    if case.workload is not Workload.INFER or case.device is not DeviceName.CPU:
-        raise NotHere("takes part in inference on the CPU only")
-    network, file = torchvision_network(case), io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecation: the new one needs onnxscript
-        torch.onnx.export(network, (images_of(case),), file, dynamo=False, opset_version=17)  # type: ignore[arg-type]
-    return file.getvalue()
-
-
-def onnxruntime_peer(case: Case) -> Contender:
-    """ONNX Runtime on the CPU, in float32."""
-    onnxruntime = import_peer("onnxruntime")
-    if case.is_half:
-        raise NotHere("its CPU convolutions are float32")
-    model, images = onnx_of(case), images_of(case).numpy()
-
-    def prepare() -> Callable[..., object]:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it disturbs the next contender
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: images}
-        return lambda _: list(map(torch.from_numpy, session.run(None, feed)))
-
-    return inference(case, "onnxruntime", prepare)
-
-
-def openvino_peer(case: Case) -> Contender:
-    """OpenVINO on the CPU."""
-    openvino = import_peer("openvino")
-    if case.dtype == torch.float16:
-        raise NotHere("its CPU plugin computes in float32 or bfloat16")
-    model, images = onnx_of(case), images_of(case).numpy()
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": "bf16" if case.is_half else "f32",
-        "PERFORMANCE_HINT": "LATENCY",
+def summarise(contender: Contender, ours: Contender, limit: float) -> dict[str, Any]:
+    """One contender's results; times in seconds, memory in bytes. ``limit`` is the roofline's seconds."""
+    low, median, high = np.quantile(contender.times, (0.25, 0.5, 0.75)).tolist()
+    ratio, ratio_low, ratio_high = paired_ratio(contender.times, ours.times)
+    return {
+        "name": contender.name,
+        "median": median,
+        "quartiles": [low, high],
+        "ratio": ratio,
+        "ratio_interval": [ratio_low, ratio_high],
+        "roofline_fraction": limit / median,
+        "memory": contender.memory,
+        "memory_alone": None if contender.held is None else contender.held + (contender.memory or 0),
+        "first_call": contender.first_call,
+        "error": contender.error,
+        "mismatch": contender.mismatch,
+        "times": contender.times,
     }
 
-    def prepare() -> Callable[..., object]:
-        request = openvino.Core().compile_model(model, b"", "CPU", settings).create_infer_request()
 
-        def call(_: object) -> list[Tensor]:
-            results = request.infer([images], share_inputs=True, share_outputs=True)
-            return [torch.from_numpy(value) for value in results.values()]
+def print_record(record: Mapping[str, Any]) -> None:
+    """Print the table of one case, and below it who is missing and why."""
+    roofline = record["roofline"]
+    limit = (
+        f"roofline {roofline['seconds'] * 1e3:.2f} ms: {roofline['flops'] / 1e9:.1f} GFLOP at "
+        f"{roofline['rate'] / 1e9:.0f} GFLOP/s, copies at {roofline['bandwidth'] / 1e9:.1f} GB/s, both measured here"
+    )
+    table = Table(title=f"{record['title']}, {record['hardware']}", caption=limit)
+    table.add_column("contender")
+    memory = "saved MiB" if record["case"]["device"] == DeviceName.CPU else "peak MiB (alone)"
+    for title in ("ms", "quartiles", "ratio to ours", "95%", "of roofline", memory, "first call s", "error"):
+        table.add_column(title, justify="right")
+    for row in record["contenders"]:
+        low, high = (f"{value * 1e3:.2f}" for value in row["quartiles"])
+        megabytes = "-" if row["memory"] is None else f"{row['memory'] / MIB:.1f}"
+        megabytes += "" if row["memory_alone"] is None else f" ({row['memory_alone'] / MIB:.1f})"
+        table.add_row(
+            row["name"], f"{row['median'] * 1e3:.2f}", f"{low} - {high}", f"{row['ratio']:.3f}",
+            "{:.2f} - {:.2f}".format(*row["ratio_interval"]), f"{row['roofline_fraction']:.0%}", megabytes,
+            f"{row['first_call']:.2f}", f"{row['error']:.0e}",
+            style="bold" if row["name"] == "ours" else None,
+        )  # fmt: skip
+    console.print(table)
+    for title in ("absent", "rejected"):
+        for name, reason in record[title].items():
+            console.print(f"{title}: {name}: {reason}", highlight=False)
 
-        return call
 
-    return inference(case, "openvino", prepare)
+def save_picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw a bar per contender and a panel per case, each bar labelled with its ratio to ours."""
+    heights = [1.3 + 0.36 * len(record["contenders"]) for record in records]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(records), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, record in zip(panels, records, strict=True):
+        rows = record["contenders"][::-1]
+        names, medians = [row["name"] for row in rows], np.array([row["median"] for row in rows]) * 1e3
+        quartiles = np.array([row["quartiles"] for row in rows]).T * 1e3
+        bars = axes.barh(
+            names, medians, xerr=abs(quartiles - medians), height=0.7, ecolor="#444444",
+            color=["#1f6fb4" if name.startswith("ours") else "#b9c4cf" for name in names],
+        )  # fmt: skip
+        labels = [f"{row['median'] * 1e3:.4g} ms   {row['ratio']:.2f}x" for row in rows]
+        axes.bar_label(bars, labels, padding=6, fontsize=9, bbox={"color": "white", "pad": 1}, zorder=3)
+        limit = record["roofline"]["seconds"] * 1e3
+        axes.axvline(limit, color="#c0392b", linestyle="--", linewidth=1.2, label=f"roofline {limit:.4g} ms")
+        axes.set_xlim(0, 1.25 * max(medians.max(), limit))
+        axes.set_xlabel("ms (median; whiskers: quartiles)")
+        axes.set_title(record["title"], fontsize=10, loc="left")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), fontsize=8, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
-PEERS: dict[str, Callable[[Case], Contender]] = {
-    "torchvision": torchvision_peer,
-    "torchvision-compile": compiled_peer,
-    "timm": library_peer("timm", timm_network),
-    "detectron2": library_peer("detectron2", detectron2_network),
-    "onnxruntime": onnxruntime_peer,
-    "openvino": openvino_peer,
-}
+def append_json(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Add ``records`` to the list in the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*before, *records], indent=1) + "\n")
+
+
+def hardware(device: DeviceName) -> str:
+    """The name of the GPU, or of the CPU and how many threads run on it."""
+    if device is DeviceName.CUDA:
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{[*models, platform.processor()][0]}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries at work."""
+    names = ("torch", "torchvision", "timm", "detectron2", "onnxruntime", "openvino")
+    found = {name: str(sys.modules[name].__version__) for name in names if sys.modules.get(name)}
+    return {"python": platform.python_version(), **found}
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def main(
+    workload: Annotated[list[Workload] | None, typer.Option(help="Repeatable.  [default: infer]")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Repeatable.  [default: resnet50]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable.  [default: 1]")] = None,
+    image_size: Annotated[tuple[int, int], typer.Option(metavar="H W", min=1, help="In pixels.")] = (480, 640),
+    dtype: Annotated[list[DtypeName] | None, typer.Option(help="Repeatable.  [default: float32]")] = None,
+    device: Annotated[DeviceName, typer.Option()] = DeviceName.CPU,
+    peers: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(PEERS),
+    compile_peers_at: Annotated[
+        list[int] | None, typer.Option(help="Batches at which to compile torchvision; repeatable.  [default: all]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="List of results to append to.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Bar chart (PNG).")] = None,
+) -> None:
+    """Run every combination of the repeatable options."""
+    chosen = [peer for peer in peers.split(",") if peer]
+    if unknown := set(chosen) - set(PEERS):
+        raise typer.BadParameter(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
+    if device is DeviceName.CUDA and not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device here; use --device cpu")
+    records: list[dict[str, Any]] = []
+    dtypes, workloads = dtype or [DtypeName.FLOAT32], workload or [Workload.INFER]
+    for settings in itertools.product(workloads, name or ["resnet50"], dtypes, batch or [1]):
+        case = Case(settings[0], settings[1], settings[3], *image_size, settings[2], device)
+        # Every contender gets cuDNN's best algorithm for its shapes, and float32 means float32.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            result = run_case(case, chosen, compile_peers_at or [], rounds)
+        records.append({**origin_of(case), **result})
+        print_record(records[-1])
+        if json_file:
+            append_json(records[-1:], json_file)  # at once, in case a later one fails
+        if picture:
+            save_picture(records, picture)
+        forget()
+    if any("ours" in record["rejected"] for record in records):
+        raise typer.Exit(1)
+
+
+def origin_of(case: Case) -> dict[str, Any]:
+    """What a reader needs to know to repeat a measurement."""
+    return {
+        "title": str(case),
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "hardware": hardware(case.device),
+        "versions": versions(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def forget() -> None:
+    """Give back what the last case left, and let the next one compile for its own sizes."""
+    images_of.cache_clear()
+    onnx_of.cache_clear()
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    app()

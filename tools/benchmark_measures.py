@@ -1,0 +1,170 @@
+"""What tools/benchmark.py measures: time, memory, and what the machine could do at most."""
+
+import functools
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from benchmark_contenders import Contender
+from benchmark_networks import Case, DeviceName
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+TIMED_SECONDS = 0.05  # at least this long per contender and round, so that the clock's grain does not count
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a convolution or matrix product: operations and elements of its forward, passes of its backward."""
+
+    flops: int
+    elements: int
+    residual: int
+    backward_passes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine reaches at most: matrix products (FLOP/s) and copies (bytes read and written per second)."""
+
+    rate: float
+    bandwidth: float
+
+    def roofline(self, layers: Sequence[Layer], itemsize: int) -> float:
+        """The least seconds for ``layers``, each bound by arithmetic or by memory; norms and ReLUs cost nothing."""
+        seconds = 0.0
+        for layer in layers:
+            for elements in [layer.elements + layer.residual] + [layer.elements] * layer.backward_passes:
+                seconds += max(layer.flops / self.rate, elements * itemsize / self.bandwidth)
+        return seconds
+
+
+def count_layers(contender: Contender) -> list[Layer]:
+    """Watch one forward pass of torchvision's network."""
+    assert contender.network is not None
+    modules = list(contender.network.modules())
+    add_residual = {getattr(m, "conv3", m.conv2) for m in modules if isinstance(m, BasicBlock | Bottleneck)}
+    layers: list[Layer] = []
+
+    def watch(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        (x,), weight = inputs, module.weight
+        skipped = math.prod(module.stride) if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) else 1
+        elements = x.numel() // skipped + weight.numel() + output.numel()
+        residual = output.numel() if module in add_residual else 0
+        passes = int(x.requires_grad) + int(weight.requires_grad) if output.requires_grad else 0
+        layers.append(Layer(2 * output.numel() * weight[0].numel(), elements, residual, passes))
+
+    hooks = [m.register_forward_hook(watch) for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]
+    contender.forward()
+    for hook in hooks:
+        hook.remove()
+    return layers
+
+
+@functools.cache
+def measure_machine(device: DeviceName, dtype: torch.dtype) -> Machine:
+    """Time square matrix products of several sizes, and a copy too large for the caches."""
+    cuda = device is DeviceName.CUDA
+    rate = 0.0
+    for size in (4096, 8192, 16384) if cuda else (512, 1024, 2048):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        taken = measure(device, functools.partial(torch.mm, a, b, out=out))
+        rate = max(rate, 2 * size**3 / taken)
+        if taken > 1:  # no kernel for this dtype: larger ones only take longer
+            break
+    source = torch.ones(2**31 if cuda else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Machine(rate, 2 * source.numel() / measure(device, lambda: target.copy_(source)))
+
+
+def measure(device: DeviceName, run: Callable[[], object]) -> float:
+    """The median of several timings, in seconds."""
+    run()
+    loops = loops_for(device, run)
+    return float(np.median([time_loops(device, run, loops) for _ in range(7)]))
+
+
+def synchronize(case: Case) -> None:
+    """Wait until the device has done all it was given."""
+    if case.device is DeviceName.CUDA:
+        torch.cuda.synchronize()
+
+
+def time_loops(device: DeviceName, run: Callable[[], object], loops: int) -> float:
+    """Seconds per call of ``run``, by the device's own clock."""
+    if device is DeviceName.CPU:
+        start = time.perf_counter()
+        for _ in range(loops):
+            run()
+        return (time.perf_counter() - start) / loops
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    first.record()
+    for _ in range(loops):
+        run()
+    last.record()
+    torch.cuda.synchronize()
+    return float(first.elapsed_time(last)) / 1000 / loops
+
+
+def loops_for(device: DeviceName, run: Callable[[], object]) -> int:
+    """How many calls fill ``TIMED_SECONDS``; warms up, too."""
+    return math.ceil(TIMED_SECONDS / min(time_loops(device, run, 1) for _ in range(3)))
+
+
+def time_rounds(case: Case, contenders: Sequence[Contender], rounds: int, console: Console) -> None:
+    """Time every contender once per round, in shuffled order."""
+    order = random.Random(0)
+    loops = {contender.name: loops_for(case.device, contender.step) for contender in contenders}
+    for _ in track(range(rounds), str(case), console=console, transient=True):
+        gc.collect()
+        for contender in order.sample(contenders, len(contenders)):
+            contender.times.append(time_loops(case.device, contender.step, loops[contender.name]))
+
+
+def memory_of(case: Case, contender: Contender) -> int | None:
+    """``Contender.memory``; None where it has no meaning."""
+    contender.clear()
+    if case.device is DeviceName.CUDA:
+        synchronize(case)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender.step()
+        synchronize(case)
+        contender.clear()
+        return torch.cuda.max_memory_allocated() - before
+    return saved_bytes(contender) if case.is_train else None
+
+
+def saved_bytes(contender: Contender) -> int:
+    """Bytes that one forward pass saves for backward: whole storages, each once, without those of the parameters."""
+    assert contender.network is not None
+    weights = {parameter.untyped_storage().data_ptr() for parameter in contender.network.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = contender.forward()
+    del outputs
+    return sum(size for address, size in saved.items() if address not in weights)
+
+
+def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
+    """The median over rounds of theirs / ours, and its 95% interval by bootstrap over rounds."""
+    ratios = np.asarray(theirs) / np.asarray(ours)
+    samples = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.quantile(np.median(samples, axis=1), (0.025, 0.975))
+    return float(np.median(ratios)), float(low), float(high)

@@ -1,0 +1,217 @@
+"""What tools/benchmark.py compares: one case, and each library's network for it, with the same weights."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
+
+from backbone import Backbone, BackboneConfig, build_backbone
+
+FREEZE_AT = 2  # stem and C2, as detectors are trained
+
+
+class Workload(StrEnum):
+    """What is timed."""
+
+    INFER = "infer"
+    TRAIN = "train"
+    DETECTOR = "detector"
+
+
+class DtypeName(StrEnum):
+    """What convolutions compute in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class DeviceName(StrEnum):
+    """Where it runs."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class NotHere(Exception):  # noqa: N818 - not an error: the reason stands in the table
+    """A contender that cannot take part; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark: the network, its images (sizes in pixels) and where it runs."""
+
+    workload: Workload
+    name: str
+    batch: int
+    height: int
+    width: int
+    dtype_name: DtypeName
+    device: DeviceName
+
+    def __str__(self) -> str:
+        size = f"{self.batch}x3x{self.height}x{self.width}"
+        return f"{self.workload} {self.name}, {size}, {self.dtype_name}, {self.device}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of that name."""
+        return getattr(torch, self.dtype_name)  # type: ignore[no-any-return]
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it computes in 16 bits."""
+        return self.dtype != torch.float32
+
+    @property
+    def is_train(self) -> bool:
+        """Whether gradients are computed."""
+        return self.workload is Workload.TRAIN
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """channels_last where a user in the know has it: on CUDA and in training."""
+        last = self.device is DeviceName.CUDA or self.is_train
+        return torch.channels_last if last else torch.contiguous_format
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Autocast to the dtype; float32 runs without."""
+        return torch.autocast(self.device, self.dtype, enabled=self.is_half)
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Move ``network`` to the device, in the case's memory format and mode."""
+        return network.to(self.device).to(memory_format=self.memory_format).train(self.is_train)
+
+
+def in_float32(case: Case) -> Case:
+    """The same case in float32."""
+    return dataclasses.replace(case, dtype_name=DtypeName.FLOAT32)
+
+
+@functools.lru_cache(maxsize=1)
+def images_of(case: Case) -> Tensor:
+    """Random images (N, 3, H, W), as normalised; those of a detector are in 0 to 1."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (case.batch, 3, case.height, case.width)
+    draw = torch.rand if case.workload is Workload.DETECTOR else torch.randn
+    return draw(shape, generator=generator).to(case.device).contiguous(memory_format=case.memory_format)
+
+
+@functools.lru_cache(maxsize=1)
+def state_of(name: str) -> dict[str, Tensor]:
+    """Random weights with uneven statistics, under torchvision's names.
+
+    The last norm of each block is small, as it is after training, so that 50 blocks do not overflow.
+    """
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(name, norm_layer=FrozenBatchNorm2d)
+    for norm in network.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            norm.weight.uniform_(0.8, 1.2)
+            norm.bias.normal_(0, 0.1)
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.8, 1.2)
+    for block in network.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            getattr(block, "bn3", block.bn2).weight.mul_(0.3)
+    return {key: value for key, value in network.state_dict().items() if not key.startswith("fc.")}
+
+
+def torchvision_network(case: Case) -> nn.Module:
+    """C2 to C5 by torchvision's own getter, with its own frozen norms."""
+    network = torchvision.models.get_model(case.name, norm_layer=FrozenBatchNorm2d)
+    getter = IntermediateLayerGetter(network, return_layers={f"layer{n}": f"c{n + 1}" for n in range(1, 5)})
+    getter.load_state_dict(state_of(case.name))
+    return case.place(getter)
+
+
+def our_network(case: Case) -> nn.Module:
+    """Ours, as a user builds it, or the detector around it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*frozen at random weights")
+        network = build_backbone(BackboneConfig(name=case.name, freeze_at=FREEZE_AT if case.is_train else 0))
+    network.load_state_dict(state_of(case.name))
+    return detector(case, Body(network)) if case.workload is Workload.DETECTOR else case.place(network)
+
+
+def timm_network(case: Case) -> nn.Module:
+    """Timm's features_only network; its own frozen norms where it trains."""
+    timm = import_peer("timm")
+    network = timm.create_model(case.name, features_only=True, pretrained=False, out_indices=(1, 2, 3, 4))
+    network.load_state_dict(state_of(case.name))
+    return case.place(timm.layers.freeze_batch_norm_2d(network) if case.is_train else network)
+
+
+def detectron2_network(case: Case) -> nn.Module:
+    """Detectron2's ResNet with its own frozen norms and torchvision's place of the stride."""
+    resnet, config = import_peer("detectron2.modeling.backbone.resnet"), import_peer("detectron2.config")
+    cfg = config.get_cfg()
+    cfg.MODEL.RESNETS.DEPTH = int(case.name.removeprefix("resnet"))
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    if cfg.MODEL.RESNETS.DEPTH < 50:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    network: nn.Module = resnet.build_resnet_backbone(cfg, import_peer("detectron2.layers").ShapeSpec(channels=3))
+    network.load_state_dict({to_detectron2(key): value for key, value in state_of(case.name).items()})
+    return case.place(network)
+
+
+def to_detectron2(key: str) -> str:
+    """Translate one of torchvision's parameter names to detectron2's."""
+    if key.startswith(("conv1", "bn1")):
+        return "stem." + key.replace("bn1", "conv1.norm")
+    stage, block, layer, rest = key.removeprefix("layer").split(".", 3)
+    if layer == "downsample":
+        layer, rest = "shortcut", rest.replace("0.", "", 1) if rest.startswith("0.") else rest.replace("1.", "norm.", 1)
+    elif layer.startswith("bn"):
+        layer, rest = layer.replace("bn", "conv"), "norm." + rest
+    return f"res{int(stage) + 1}.{block}.{layer}.{rest}"
+
+
+class Body(nn.Module):
+    """Our backbone in the place of ``backbone.body`` in a torchvision detector."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) -> the features under torchvision's names, "0" (C2) to "3" (C5)."""
+        return {str(index): feature for index, feature in enumerate(self.backbone(images).values())}
+
+
+def detector(case: Case, body: nn.Module | None = None) -> nn.Module:
+    """Torchvision's fasterrcnn_<name>_fpn, with ``body`` for its backbone; it does not resize the images.
+
+    Its classifier is sharpened, so that random weights find 100 objects per image as on a busy photo.
+    """
+    torch.manual_seed(0)
+    fpn = resnet_fpn_backbone(backbone_name=case.name, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5)
+    sides = sorted((case.height, case.width))
+    network = FasterRCNN(fpn, num_classes=91, min_size=sides[0], max_size=sides[1])
+    network.roi_heads.box_predictor.cls_score.weight.data.mul_(20)
+    fpn.body.load_state_dict(state_of(case.name))
+    if body is not None:
+        fpn.body = body
+    return case.place(network)
+
+
+def import_peer(module: str) -> Any:  # noqa: ANN401
+    """Import a peer, or say that it is absent."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise NotHere(f"not importable: {error}") from None
