@@ -10,7 +10,7 @@ it never needs a pass over activations. ``conv_norm_act`` picks, per call,
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from backbone.norm import FrozenBatchNorm2d
 
 Layer: TypeAlias = tuple[nn.Module, nn.Module]
 """A convolution and its norm."""
+
+FrozenLayer: TypeAlias = tuple[nn.Conv2d, FrozenBatchNorm2d]
 
 
 def conv_norm_act(
@@ -49,17 +51,18 @@ def conv_norm_act(
     """
     if isinstance(conv, FoldedConv2d) and isinstance(norm, nn.Identity):
         return conv.fused(x, residual, relu=relu, reuse_residual=reuse_residual)
-    if not _is_fusable(x, conv, norm):
+    layer = (conv, norm)
+    if not _is_fusable(layer, x):
         out: Tensor = norm(conv(x))
         if residual is not None:
             out = out + residual
         return F.relu(out, inplace=True) if relu else out
     x = x.to(_compute_dtype(x))
     residual = residual if residual is None else residual.to(x.dtype)
-    if _needs_grad(x, conv.weight, residual):
-        return _with_gradient(x, residual, [(conv, norm)], None, relu=relu)
-    weight, bias = _folded(conv, norm, x)
-    return conv_bias_act(x, weight, bias, Geometry.of(conv), residual, relu=relu, reuse_residual=reuse_residual)
+    if _needs_grad(x, layer[0].weight, residual):
+        return _with_gradient(x, residual, [layer], None, relu=relu)
+    weight, bias = _folded(*layer, x)
+    return conv_bias_act(x, weight, bias, Geometry.of(layer[0]), residual, relu=relu, reuse_residual=reuse_residual)
 
 
 def residual_block(
@@ -73,13 +76,14 @@ def residual_block(
         projection: Convolution and norm of the shortcut; None where it is the identity.
         reuse_input: Whether nobody needs ``x`` any more, so that the result may take its memory.
     """
-    shortcut = [] if projection is None else [(projection[0], projection[1])]
-    everything = [*layers, *shortcut]
+    shortcut: list[Layer] = [] if projection is None else [(projection[0], projection[1])]
     watched = projection is not None and is_watched(projection)
-    if not watched and torch.is_grad_enabled() and all(_is_fusable(x, conv, norm) for conv, norm in everything):
+    checked = (*layers, *shortcut) if torch.is_grad_enabled() and not watched else ()
+    frozen = [layer for layer in checked if _is_fusable(layer, x)]
+    if len(frozen) == len(layers) + len(shortcut):
         x = x.to(_compute_dtype(x))
-        if _needs_grad(x, *(conv.weight for conv, _ in everything)):
-            return _with_gradient(x, None, layers, shortcut)
+        if _needs_grad(x, *(conv.weight for conv, _ in frozen)):
+            return _with_gradient(x, None, frozen[: len(layers)], frozen[len(layers) :])
     out = x
     for conv, norm in layers[:-1]:
         out = conv_norm_act(out, conv, norm)
@@ -152,7 +156,12 @@ class FoldedConv2d(nn.Conv2d):
 
 
 def _with_gradient(
-    x: Tensor, residual: Tensor | None, layers: Sequence[Layer], shortcut: Sequence[Layer] | None, *, relu: bool = True
+    x: Tensor,
+    residual: Tensor | None,
+    layers: Sequence[FrozenLayer],
+    shortcut: Sequence[FrozenLayer] | None,
+    *,
+    relu: bool = True,
 ) -> Tensor:
     """Run layers, and a block's shortcut where there is one (empty for the identity), as one autograd node."""
     everything = [*layers, *(shortcut or ())]
@@ -283,8 +292,9 @@ def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
-def _is_fusable(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether nobody would notice that ``conv`` and ``norm`` are not called."""
+def _is_fusable(layer: Layer, x: Tensor) -> TypeGuard[FrozenLayer]:
+    """Whether nobody would notice that convolution and norm are not called."""
+    conv, norm = layer
     return (
         type(conv) is nn.Conv2d  # a parametrized convolution is of another class
         and isinstance(norm, FrozenBatchNorm2d)

@@ -23,6 +23,9 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert max(relative_error(actual[name], expected[name]) for name in expected) <= 1e-5
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="older torch ties an export of its own max_pool2d to odd or even sizes"
+)
 @pytest.mark.parametrize("norm", NORMS)
 @torch.no_grad()
 def test_export_with_dynamic_sizes_gives_the_same_features(norm: str) -> None:
@@ -43,6 +46,7 @@ def test_the_whole_network_compiles_to_one_graph(norm: str) -> None:
     assert_close(compiled(images), model(images))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inside torch 2.11's compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's CPU code generator needs g++")
 @torch.no_grad()
 def test_generated_code_gives_the_same_features() -> None:

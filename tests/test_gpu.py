@@ -104,6 +104,7 @@ def test_weights_changed_on_the_gpu_are_used() -> None:
     assert relative_error(frozen(images)["c5"], plain(images)["c5"]) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inside torch 2.11's compiler
 @pytest.mark.parametrize("training", [False, True])
 def test_the_compiled_model_gives_the_same_features(training: bool) -> None:
     _, frozen = pair("resnet18")

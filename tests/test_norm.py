@@ -31,6 +31,8 @@ def test_it_equals_batch_norm_in_eval(eps: float) -> None:
     norm, x = random_batch_norm(eps=eps), torch.randn(2, 8, 5, 7)
     frozen = FrozenBatchNorm2d(8, eps=eps)
     frozen.load_state_dict(norm.state_dict(), strict=True)
+    if eps == 0:  # torch before 2.14 refuses to run its own layer without eps
+        norm.eps = 1e-30
     torch.testing.assert_close(frozen(x), norm(x), rtol=1e-5, atol=1e-6)
 
 
