@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.fused import FoldedConv2d
+from backbone.graphs import GraphedExtractor
 from backbone.norm import FrozenBatchNorm2d
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class Optimization:
         return f"folded {self.folded} norms, prepared {self.prepared} other convolutions, computes in {dtype}{kept}"
 
 
-def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+def optimize_for_inference(
+    model: nn.Module, *, dtype: torch.dtype | None = None, cuda_graphs: bool = False
+) -> nn.Module:
     """Return a copy of ``model`` in eval mode that gives the same outputs faster; ``model`` stays as it is.
 
     Batch norms, frozen or not, are folded into the convolution before them, each block ends in one fused kernel, and
@@ -49,6 +52,8 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
         dtype: What the feature extractor computes in, such as torch.bfloat16; the weights' own dtype by default.
             Images may stay float32. A bare backbone returns features in this dtype; inside a detector they are cast
             back, so that the heads run as before.
+        cuda_graphs: Whether the feature extractor is replayed as one CUDA graph per image shape: worth it for few
+            shapes and small batches, where launching kernels takes longer than running them.
 
     Raises:
         ValueError: If ``dtype`` is not a floating-point type.
@@ -65,6 +70,10 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
         if extractor is not model:
             extractor.register_forward_hook(lambda _module, _inputs, features: _cast(features, before))
     model.requires_grad_(False)
+    if cuda_graphs and extractor is model:
+        model = GraphedExtractor(model)
+    elif cuda_graphs:
+        model.backbone = GraphedExtractor(extractor)
     kept = tuple(name for name, module in model.named_modules() if _is_norm(module))
     model.optimization = Optimization(folded, prepared, kept, dtype or before)  # type: ignore[assignment]
     _log.info("%s: %s", type(model).__name__, model.optimization)

@@ -4,27 +4,25 @@ A frozen norm is a constant scale and shift per channel, so ``conv(x, w) * scale
 it never needs a pass over activations. ``conv_norm_act`` picks, per call,
 
 * plain PyTorch where the norm trains, the call is being traced, or someone watches (hooks, dispatch modes);
-* where a gradient is needed, ``_FoldedConvolution``: it folds the scale into the weight and rebuilds the product in
-  backward, so that nothing is saved but the input, the output, the raw weight and the scale;
-* otherwise one fused kernel (kernels.py) on folded weights that are cached and never stale.
+* where a gradient is needed, one autograd node that saves no folded weight (gradient.py);
+* otherwise one fused kernel (kernels.py) on folded weights that are kept and never stale (kept.py).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, TypeAlias, TypeGuard
+from typing import Any, Self, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from backbone.gradient import FrozenLayer, scaled, with_gradient
 from backbone.kept import unless_changed
-from backbone.kernels import Geometry, conv_backward, conv_bias_act, pack
+from backbone.kernels import Geometry, conv_bias_act, pack
 from backbone.norm import FrozenBatchNorm2d
 
 Layer: TypeAlias = tuple[nn.Module, nn.Module]
 """A convolution and its norm."""
-
-FrozenLayer: TypeAlias = tuple[nn.Conv2d, FrozenBatchNorm2d]
 
 
 def conv_norm_act(
@@ -60,7 +58,7 @@ def conv_norm_act(
     x = x.to(_compute_dtype(x))
     residual = residual if residual is None else residual.to(x.dtype)
     if _needs_grad(x, layer[0].weight, residual):
-        return _with_gradient(x, residual, [layer], None, relu=relu)
+        return with_gradient(x, residual, [layer], None, relu=relu)
     weight, bias = _folded(*layer, x)
     return conv_bias_act(x, weight, bias, Geometry.of(layer[0]), residual, relu=relu, reuse_residual=reuse_residual)
 
@@ -83,7 +81,7 @@ def residual_block(
     if len(frozen) == len(layers) + len(shortcut):
         x = x.to(_compute_dtype(x))
         if _needs_grad(x, *(conv.weight for conv, _ in frozen)):
-            return _with_gradient(x, None, frozen[: len(layers)], frozen[len(layers) :])
+            return with_gradient(x, None, frozen[: len(layers)], frozen[len(layers) :])
     out = x
     for conv, norm in layers[:-1]:
         out = conv_norm_act(out, conv, norm)
@@ -97,7 +95,7 @@ def residual_block(
 def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the weight (C_out, C_in / groups, kh, kw) and bias (C_out,) of ``norm(conv(x))`` as one convolution."""
     scale, shift = norm.scale_and_shift()
-    return _scaled(conv.weight.detach(), scale, dtype), shift.to(dtype)
+    return scaled(conv.weight.detach(), scale, dtype), shift.to(dtype)
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -133,7 +131,7 @@ class FoldedConv2d(nn.Conv2d):
         assert bias is not None
         if x.dtype != weight.dtype:
             x = x.to(weight.dtype)
-        if _is_seen_through(x) or (x.requires_grad and torch.is_grad_enabled()):
+        if _is_seen_through(x) or _needs_grad(x, weight, residual):
             out = F.conv2d(x, weight, bias, *self.geometry)
             out = out if residual is None else out + residual
             return F.relu(out) if relu else out
@@ -153,130 +151,6 @@ class FoldedConv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # a packed weight can be neither copied nor pickled
-
-
-def _with_gradient(
-    x: Tensor,
-    residual: Tensor | None,
-    layers: Sequence[FrozenLayer],
-    shortcut: Sequence[FrozenLayer] | None,
-    *,
-    relu: bool = True,
-) -> Tensor:
-    """Run layers, and a block's shortcut where there is one (empty for the identity), as one autograd node."""
-    everything = [*layers, *(shortcut or ())]
-    norms = [norm for _, norm in everything]
-
-    def compute() -> tuple[Tensor, ...]:
-        pairs = [norm.scale_and_shift() for norm in norms]
-        return (*(scale for scale, _ in pairs), *(shift.to(x.dtype) for _, shift in pairs))
-
-    constants = unless_changed(norms, (), ("scales and shifts", x.dtype, len(norms)), compute)
-    plan = _Plan(
-        geometries=tuple(Geometry.of(conv) for conv, _ in layers),
-        projection=Geometry.of(shortcut[0][0]) if shortcut else None,
-        adds_input=shortcut is not None and not shortcut,
-        relu=relu,
-    )
-    weights = [conv.weight for conv, _ in everything]
-    return _FoldedLayers.apply(plan, constants, x, residual, *weights)  # type: ignore[no-any-return]
-
-
-class _Plan(NamedTuple):
-    """The shape of one autograd node: its layers, and what is added before the last ReLU."""
-
-    geometries: tuple[Geometry, ...]
-    projection: Geometry | None
-    adds_input: bool
-    relu: bool
-
-
-class _FoldedLayers(torch.autograd.Function):
-    """Convolutions with frozen norms, a shortcut and ReLUs, saving no folded weight and no extra activation.
-
-    Scales and shifts are constants. What is saved is each convolution's input and the output (for the ReLU's mask; the
-    next node saves it as its input anyway), the raw weights and the scales.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        plan: _Plan,
-        constants: tuple[Tensor, ...],
-        x: Tensor,
-        residual: Tensor | None,
-        *weights: Tensor,
-    ) -> Tensor:
-        scales, shifts = constants[: len(weights)], constants[len(weights) :]
-        layout = _memory_format(x)
-        folded = [_scaled(w, scale, x.dtype, layout) for w, scale in zip(weights, scales, strict=True)]
-        inputs = [x]
-        for weight, shift, geometry in zip(folded, shifts, plan.geometries[:-1], strict=False):
-            inputs.append(conv_bias_act(inputs[-1], weight, shift, geometry))
-        if plan.projection:
-            residual = conv_bias_act(x, folded[-1], shifts[-1], plan.projection, relu=False)
-        last = len(plan.geometries) - 1
-        out = conv_bias_act(
-            inputs[-1], folded[last], shifts[last], plan.geometries[last],
-            x if plan.adds_input else residual, relu=plan.relu, reuse_residual=plan.projection is not None,
-        )  # fmt: skip
-        ctx.plan = plan
-        ctx.save_for_backward(*weights, *scales, *inputs, out if plan.relu else None)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        plan, (_, _, needs_x, needs_residual, *needs_weights) = ctx.plan, ctx.needs_input_grad
-        count = len(needs_weights)
-        saved = ctx.saved_tensors
-        weights, scales, inputs, out = saved[:count], saved[count : 2 * count], saved[2 * count : -1], saved[-1]
-        layout = _memory_format(inputs[0])
-        grads: list[Tensor | None] = [None] * count
-
-        def through(index: int, grad: Tensor, x: Tensor, geometry: Geometry, needs_x: bool) -> Tensor | None:
-            """Take ``grad`` back through convolution ``index``, keeping its weight's gradient."""
-            folded = _scaled(weights[index], scales[index], x.dtype, layout) if needs_x else weights[index].to(x.dtype)
-            needs_weight = needs_weights[index]
-            grad_x, grad_weight = conv_backward(grad, x, folded, geometry, needs_x=needs_x, needs_weight=needs_weight)
-            if grad_weight is not None:
-                grads[index] = _scaled(grad_weight, scales[index], weights[index].dtype)
-            return grad_x
-
-        if plan.relu:
-            grad = torch.ops.aten.threshold_backward(grad, out, 0)
-        at_end: Tensor = grad.contiguous(memory_format=layout)
-        current: Tensor | None = at_end
-        for index in reversed(range(len(plan.geometries))):
-            if current is None:
-                break
-            x, needs_input = inputs[index], needs_x or any(needs_weights[:index])
-            if needs_input or needs_weights[index]:
-                current = through(index, current, x, plan.geometries[index], needs_input)
-            if current is not None and index > 0:
-                current = torch.ops.aten.threshold_backward(current, x, 0)
-        grad_x = current if needs_x else None
-        if plan.projection and (needs_x or needs_weights[-1]):
-            grad_shortcut = through(count - 1, at_end, inputs[0], plan.projection, needs_x)
-        else:
-            grad_shortcut = at_end if plan.adds_input else None
-        if grad_x is not None and grad_shortcut is not None:
-            grad_x = grad_x + grad_shortcut
-        return None, None, grad_x, at_end if needs_residual else None, *grads
-
-
-def _scaled(
-    weight: Tensor, scale: Tensor, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format
-) -> Tensor:
-    """Scale each output channel in the better of the dtypes and round once to ``dtype``, in one pass."""
-    scale = scale[:, None, None, None]
-    if torch.is_grad_enabled():  # a second derivative is wanted
-        return (weight * scale).to(dtype, memory_format=memory_format)
-    return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype, memory_format=memory_format))
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -23,6 +23,9 @@ class Geometry(NamedTuple):
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
 
 
+_STEM: Final = Geometry((2, 2), (3, 3), (1, 1), 1)
+
+
 def conv_bias_act(
     x: Tensor,
     weight: Tensor,
@@ -47,6 +50,8 @@ def conv_bias_act(
     if has_onednn(x):
         return _onednn(x, weight, bias, geometry, residual, relu=relu, reuse_residual=reuse_residual)
     if _has_cudnn(x) and relu:
+        if _is_packed_stem(x, weight, geometry):
+            x, geometry = _space_to_depth(x), Geometry((1, 1), (0, 0), (1, 1), 1)
         if residual is None:
             return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
         if residual.is_contiguous(memory_format=torch.channels_last) or residual.is_contiguous():
@@ -91,6 +96,8 @@ def pack(weight: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
             weight.contiguous(), padding, stride, dilation, groups, list(x.shape)
         )
         return packed
+    if _is_slow_stem(x, weight, geometry):
+        weight = _stem_weight(weight)
     return weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else weight
 
 
@@ -135,3 +142,40 @@ def _onednn(
 
 def _has_cudnn(x: Tensor) -> bool:
     return x.is_cuda and torch.backends.cudnn.enabled and torch.version.hip is None
+
+
+# --- the stem ---------------------------------------------------------------------------------------------------------
+# cuDNN is slow at 7x7 convolutions of few channels in half precision (pytorch#68506). Two by two pixels of C channels
+# are one pixel of 4C, and the 7x7 with stride 2 is then a 4x4 with stride 1: the same products, at 2 to 3 times the speed.
+
+
+def _is_slow_stem(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    return (
+        _has_cudnn(x)
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and weight.shape[1:] == (x.shape[1], 7, 7)
+        and x.shape[1] <= 4  # noqa: PLR2004
+        and geometry == _STEM
+    )
+
+
+def _is_packed_stem(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    return geometry == _STEM and weight.shape[1] != x.shape[1]
+
+
+def _stem_weight(weight: Tensor) -> Tensor:
+    """(C_out, C, 7, 7) -> (C_out, 4C rounded up to 8s, 4, 4)."""
+    out_channels, channels = weight.shape[:2]
+    taps = F.pad(weight, (1, 0, 1, 0)).view(out_channels, channels, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4)
+    return F.pad(taps.reshape(out_channels, 4 * channels, 4, 4), (0, 0, 0, 0, 0, -4 * channels % 8))
+
+
+def _space_to_depth(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 4C rounded up to 8s, H / 2 + 3, W / 2 + 3), channels_last, with the stem's padding around."""
+    batch, channels, height, width = x.shape
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, width % 2, 0, height % 2))
+        height, width = x.shape[2:]
+    x = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    x = x.reshape(batch, height // 2, width // 2, 4 * channels)
+    return F.pad(x, (0, -4 * channels % 8, 2, 1, 2, 1)).permute(0, 3, 1, 2)

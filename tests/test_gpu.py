@@ -112,3 +112,26 @@ def test_the_compiled_model_gives_the_same_features(training: bool) -> None:
     with torch.set_grad_enabled(training):
         actual, expected = torch.compile(frozen, fullgraph=True)(images), frozen(images)
     assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_graphs_of_several_shapes_give_the_same_features_again_and_again() -> None:
+    _, frozen = pair("resnet18")
+    fast = optimize_for_inference(frozen)
+    graphed = optimize_for_inference(frozen, cuda_graphs=True)
+    kept = []
+    for size in ((64, 96), (65, 33), (64, 96), (96, 64)):
+        images = torch.randn(2, 3, *size, device="cuda")
+        kept.append((graphed(images), fast(images)))
+    for actual, expected in kept:  # all of them, after the last replay
+        assert all(torch.equal(actual[level], expected[level]) for level in expected)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (1, 2)])
+@pytest.mark.parametrize("in_channels", [1, 3, 4])
+@torch.no_grad()
+def test_the_stem_is_right_at_odd_sizes_in_half_precision(in_channels: int, size: tuple[int, int]) -> None:
+    plain, frozen = pair("resnet18", in_channels=in_channels)
+    images = torch.randn(2, in_channels, *size, device="cuda")
+    fast = optimize_for_inference(frozen, dtype=torch.float16)
+    assert relative_error(fast(images)["c2"], plain(images)["c2"]) <= HALF[torch.float16]

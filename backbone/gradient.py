@@ -1,0 +1,152 @@
+"""Frozen layers where a gradient is needed: one autograd node per block, which keeps no folded weight.
+
+Autograd on its own would save a copy of every folded weight, or an activation more per norm. Here the product of weight
+and scale is made in forward, dropped, and made again in backward; the gradient of the weight is that of the product
+times the scale.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from backbone.kept import unless_changed
+from backbone.kernels import Geometry, conv_backward, conv_bias_act
+from backbone.norm import FrozenBatchNorm2d
+
+FrozenLayer: TypeAlias = tuple[nn.Conv2d, FrozenBatchNorm2d]
+"""A convolution and its frozen norm."""
+
+
+def with_gradient(
+    x: Tensor,
+    residual: Tensor | None,
+    layers: Sequence[FrozenLayer],
+    shortcut: Sequence[FrozenLayer] | None,
+    *,
+    relu: bool = True,
+) -> Tensor:
+    """Run frozen layers, with a ReLU after each, as one autograd node.
+
+    Args:
+        x: Features (N, C_in, H, W), in the dtype to compute in.
+        residual: Added before the last ReLU.
+        layers: The convolutions and their norms, in order.
+        shortcut: What is added instead, computed from ``x``: by one layer, or ``x`` itself where there is none;
+            None where nothing is.
+        relu: Whether a ReLU follows the last layer.
+    """
+    everything = [*layers, *(shortcut or ())]
+    norms = [norm for _, norm in everything]
+
+    def compute() -> tuple[Tensor, ...]:
+        pairs = [norm.scale_and_shift() for norm in norms]
+        return (*(scale for scale, _ in pairs), *(shift.to(x.dtype) for _, shift in pairs))
+
+    constants = unless_changed(norms, (), ("scales and shifts", x.dtype, len(norms)), compute)
+    plan = _Plan(
+        geometries=tuple(Geometry.of(conv) for conv, _ in layers),
+        projection=Geometry.of(shortcut[0][0]) if shortcut else None,
+        adds_input=shortcut is not None and not shortcut,
+        relu=relu,
+    )
+    weights = [conv.weight for conv, _ in everything]
+    return _FoldedLayers.apply(plan, constants, x, residual, *weights)  # type: ignore[no-any-return]
+
+
+class _Plan(NamedTuple):
+    """The shape of one autograd node: its layers, and what is added before the last ReLU."""
+
+    geometries: tuple[Geometry, ...]
+    projection: Geometry | None
+    adds_input: bool
+    relu: bool
+
+
+class _FoldedLayers(torch.autograd.Function):
+    """Convolutions with frozen norms, a shortcut and ReLUs, saving no folded weight and no extra activation.
+
+    Scales and shifts are constants. What is saved is each convolution's input and the output (for the ReLU's mask; the
+    next node saves it as its input anyway), the raw weights and the scales.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        plan: _Plan,
+        constants: tuple[Tensor, ...],
+        x: Tensor,
+        residual: Tensor | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        scales, shifts = constants[: len(weights)], constants[len(weights) :]
+        layout = _memory_format(x)
+        folded = [scaled(w, scale, x.dtype, layout) for w, scale in zip(weights, scales, strict=True)]
+        inputs = [x]
+        for weight, shift, geometry in zip(folded, shifts, plan.geometries[:-1], strict=False):
+            inputs.append(conv_bias_act(inputs[-1], weight, shift, geometry))
+        if plan.projection:
+            residual = conv_bias_act(x, folded[-1], shifts[-1], plan.projection, relu=False)
+        last = len(plan.geometries) - 1
+        out = conv_bias_act(
+            inputs[-1], folded[last], shifts[last], plan.geometries[last],
+            x if plan.adds_input else residual, relu=plan.relu, reuse_residual=plan.projection is not None,
+        )  # fmt: skip
+        ctx.plan = plan
+        ctx.save_for_backward(*weights, *scales, *inputs, out if plan.relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        plan, (_, _, needs_x, needs_residual, *needs_weights) = ctx.plan, ctx.needs_input_grad
+        count = len(needs_weights)
+        saved = ctx.saved_tensors
+        weights, scales, inputs, out = saved[:count], saved[count : 2 * count], saved[2 * count : -1], saved[-1]
+        layout = _memory_format(inputs[0])
+        grads: list[Tensor | None] = [None] * count
+
+        def through(index: int, grad: Tensor, x: Tensor, geometry: Geometry, needs_x: bool) -> Tensor | None:
+            """Take ``grad`` back through convolution ``index``, keeping its weight's gradient."""
+            folded = scaled(weights[index], scales[index], x.dtype, layout) if needs_x else weights[index].to(x.dtype)
+            needs_weight = needs_weights[index]
+            grad_x, grad_weight = conv_backward(grad, x, folded, geometry, needs_x=needs_x, needs_weight=needs_weight)
+            if grad_weight is not None:
+                grads[index] = scaled(grad_weight, scales[index], weights[index].dtype)
+            return grad_x
+
+        if plan.relu:
+            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        at_end: Tensor = grad.contiguous(memory_format=layout)
+        current: Tensor | None = at_end
+        for index in reversed(range(len(plan.geometries))):
+            if current is None:
+                break
+            x, needs_input = inputs[index], needs_x or any(needs_weights[:index])
+            if needs_input or needs_weights[index]:
+                current = through(index, current, x, plan.geometries[index], needs_input)
+            if current is not None and index > 0:
+                current = torch.ops.aten.threshold_backward(current, x, 0)
+        grad_x = current if needs_x else None
+        if plan.projection and (needs_x or needs_weights[-1]):
+            grad_shortcut = through(count - 1, at_end, inputs[0], plan.projection, needs_x)
+        else:
+            grad_shortcut = at_end if plan.adds_input else None
+        if grad_x is not None and grad_shortcut is not None:
+            grad_x = grad_x + grad_shortcut
+        return None, None, grad_x, at_end if needs_residual else None, *grads
+
+
+def scaled(
+    weight: Tensor, scale: Tensor, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format
+) -> Tensor:
+    """Scale each output channel in the better of the dtypes and round once to ``dtype``, in one pass."""
+    scale = scale[:, None, None, None]
+    if torch.is_grad_enabled():  # a second derivative is wanted
+        return (weight * scale).to(dtype, memory_format=memory_format)
+    return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype, memory_format=memory_format))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,0 +1,73 @@
+"""One CUDA graph per image shape: no launch overhead, which is most of the time at small batches."""
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from backbone.features import Features
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    images: Tensor
+    features: Features
+
+
+class GraphedExtractor(nn.Module):
+    """Runs a feature extractor by replaying a CUDA graph captured at the first image of each shape.
+
+    Features are copies, so that those of one image survive the next. Off CUDA, where a gradient is needed, or while
+    a graph is being captured around it, the extractor runs as it is. Everything else it has, such as
+    ``feature_specs``, is found here too.
+
+    Args:
+        extractor: Backbone, or backbone with pyramid: images (N, C, H, W) -> dict of feature maps. Its weights must
+            not change.
+        max_shapes: Number of image shapes whose graphs are kept; the one used longest ago goes first.
+    """
+
+    def __init__(self, extractor: nn.Module, max_shapes: int = 8) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.max_shapes = max_shapes
+        self._graphs: OrderedDict[object, _Graph] = OrderedDict()
+
+    def forward(self, images: Tensor) -> Features:
+        """Images (N, C, H, W) -> what the extractor returns."""
+        if not images.is_cuda or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+            return self.extractor(images)  # type: ignore[no-any-return]
+        key = (images.device, images.dtype, images.shape, images.stride())
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(images)
+            if len(self._graphs) > self.max_shapes:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        graph.images.copy_(images)
+        graph.graph.replay()
+        return {name: feature.clone() for name, feature in graph.features.items()}
+
+    def _capture(self, images: Tensor) -> _Graph:
+        images = images.clone()
+        stream = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.extractor(images)  # cuDNN chooses its kernels before the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            features = self.extractor(images)
+        return _Graph(graph, images, features)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "extractor":
+                raise
+            return getattr(self.extractor, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": OrderedDict()}  # a graph can be neither copied nor pickled
