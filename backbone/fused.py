@@ -18,8 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from backbone.gradient import FrozenLayer, scaled, with_gradient
 from backbone.kept import unless_changed
-from backbone.kernels import Geometry, conv_bias_act, pack
+from backbone.kernels import Geometry, conv_bias_act, layout_depends_on, pack
 from backbone.norm import FrozenBatchNorm2d
+from backbone.winograd import WinogradConv, suits
 
 Layer: TypeAlias = tuple[nn.Module, nn.Module]
 """A convolution and its norm."""
@@ -116,7 +117,8 @@ class FoldedConv2d(nn.Conv2d):
         self.stride, self.padding, self.dilation, _ = self.geometry
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self._packed: tuple[int, Tensor] | None = None
+        self._packed: tuple[object, Tensor] | None = None
+        self._winograd: WinogradConv | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
@@ -129,28 +131,42 @@ class FoldedConv2d(nn.Conv2d):
         weight, bias = self._parameters["weight"], self._parameters["bias"]  # 106 look-ups a pass: the short way
         assert weight is not None
         assert bias is not None
-        if x.dtype != weight.dtype:
+        autocasts = _autocasts(x) and torch.get_autocast_dtype(x.device.type) != weight.dtype
+        if not autocasts and x.dtype != weight.dtype:
             x = x.to(weight.dtype)
-        if _is_seen_through(x) or _needs_grad(x, weight, residual):
+        if autocasts or _is_seen_through(x) or _needs_grad(x, weight, residual):
             out = F.conv2d(x, weight, bias, *self.geometry)
             out = out if residual is None else out + residual
             return F.relu(out) if relu else out
-        if self._packed is None or self._packed[0] != weight._version:
-            with torch.inference_mode(False), torch.no_grad():
-                self._packed = weight._version, pack(weight, self.geometry, x)
-        packed = self._packed[1]
+        packed = self._prepared_for(x, weight, bias)
+        if self._winograd is not None and residual is None:
+            return self._winograd(x, relu=relu)
         return conv_bias_act(x, packed, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
+    def _prepared_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Pack the weight for inputs shaped like ``x``; once a shape comes twice in a row, consider Winograd."""
+        state = (weight._version, layout_depends_on(x))
+        if self._packed is None or self._packed[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed, self._winograd = (state, pack(weight, self.geometry, x)), None
+        elif self._winograd is None and suits(x, weight, self.geometry):
+            self._winograd = WinogradConv(weight, bias, x)
+        return self._packed[1]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._packed = None
+        self._packed = self._winograd = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        self._packed = None
+        self._packed = self._winograd = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # a packed weight can be neither copied nor pickled
+        return {
+            **self.__dict__,
+            "_packed": None,
+            "_winograd": None,
+        }  # a packed weight can be neither copied nor pickled
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -214,5 +230,5 @@ def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> tuple[Tensor
         weight, bias = fold(conv, norm, x.dtype)
         return pack(weight, Geometry.of(conv), x), bias
 
-    weight, bias = unless_changed([norm], [conv.weight], ("fold", x.dtype), compute)
+    weight, bias = unless_changed([norm], [conv.weight], ("fold", x.dtype), compute, also=layout_depends_on(x))
     return weight, bias

@@ -36,6 +36,8 @@ def unless_changed(
     weights: Sequence[Tensor],
     purpose: Hashable,
     compute: Callable[[], tuple[Tensor, ...]],
+    *,
+    also: object = None,
 ) -> tuple[Tensor, ...]:
     """Return what ``compute`` makes of norms and weights; the same tensors again until one of those has changed.
 
@@ -44,6 +46,7 @@ def unless_changed(
         weights: The weights it depends on.
         purpose: Tells apart results that depend on the same norms.
         compute: Makes the result.
+        also: What else the result depends on.
     """
     sources = (*weights, *(constant for norm in norms for constant in norm.constants()))
     device = sources[0].device
@@ -51,6 +54,7 @@ def unless_changed(
     if any(map(Tensor.is_inference, sources)) or (not on_cpu and torch.cuda.is_current_stream_capturing()):
         return compute()  # inference tensors have no version to compare; a graph must compute on every replay
     state = (
+        also,
         device,
         torch.backends.mkldnn.enabled,
         *[(norm.generation, norm.eps) for norm in norms],

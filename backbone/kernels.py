@@ -89,7 +89,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
-    """Return ``weight`` in the layout the device's kernel wants for inputs like ``x``; others work as well."""
+    """Return ``weight`` in the layout the device's kernel wants for inputs of the shape of ``x``.
+
+    Other shapes work as well, but oneDNN may then rearrange the weight at every call, at many times the convolution's
+    own cost: pack again when ``layout_depends_on`` changes.
+    """
     if has_onednn(x):
         stride, padding, dilation, groups = geometry
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
@@ -99,6 +103,11 @@ def pack(weight: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
     if _is_slow_stem(x, weight, geometry):
         weight = _stem_weight(weight)
     return weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else weight
+
+
+def layout_depends_on(x: Tensor) -> object:
+    """Return what ``pack`` looks at in ``x``, besides its dtype."""
+    return x.shape if x.device.type == "cpu" else x.device
 
 
 def has_onednn(x: Tensor) -> bool:
@@ -146,7 +155,7 @@ def _has_cudnn(x: Tensor) -> bool:
 
 # --- the stem ---------------------------------------------------------------------------------------------------------
 # cuDNN is slow at 7x7 convolutions of few channels in half precision (pytorch#68506). Two by two pixels of C channels
-# are one pixel of 4C, and the 7x7 with stride 2 is then a 4x4 with stride 1: the same products, at 2 to 3 times the speed.
+# are one pixel of 4C, and the 7x7 with stride 2 is a 4x4 with stride 1: the same products, 2 to 3 times as fast.
 
 
 def _is_slow_stem(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:

@@ -183,3 +183,21 @@ def test_a_detector_in_bfloat16_keeps_its_heads_in_float() -> None:
     fast: Any = optimize_for_inference(model, dtype=torch.bfloat16)
     assert {feature.dtype for feature in fast.backbone(torch.rand(1, 3, 96, 96)).values()} == {torch.float32}
     assert fast([torch.rand(3, 96, 80)])[0]["scores"].dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_shape_that_comes_again_may_take_another_path_to_the_same_features() -> None:
+    model = trained("resnet50", norm="frozen_bn").eval()
+    fast = optimize_for_inference(model)
+    for size in [(160, 224)] * 3 + [(161, 131)] * 3 + [(160, 224)]:
+        images = torch.randn(1, 3, *size)
+        actual, expected = fast(images), model(images)
+        assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
+    assert getattr(fast.get_submodule("layer3.1.conv2"), "_winograd", None) is None  # another shape: direct again
+
+
+@torch.no_grad()
+def test_autocast_is_honoured_around_an_optimised_model() -> None:
+    fast = optimize_for_inference(trained(norm="frozen_bn"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast(torch.randn(1, 3, 64, 64))["c5"].dtype == torch.bfloat16
