@@ -93,10 +93,10 @@ def residual_block(
     return conv_norm_act(out, conv, norm, projection(x), reuse_residual=unseen)
 
 
-def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the weight (C_out, C_in / groups, kh, kw) and bias (C_out,) of ``norm(conv(x))`` as one convolution."""
+def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight (C_out, C_in / groups, kh, kw) and bias (C_out,) of ``norm(conv(x))``, in the dtype of ``like``."""
     scale, shift = norm.scale_and_shift()
-    return scaled(conv.weight.detach(), scale, dtype), shift.to(dtype)
+    return scaled(conv.weight.detach(), scale, like), shift.to(like.dtype)
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -227,7 +227,7 @@ def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> tuple[Tensor
     """The folded weight, packed for inputs like ``x``, and the bias."""
 
     def compute() -> tuple[Tensor, ...]:
-        weight, bias = fold(conv, norm, x.dtype)
+        weight, bias = fold(conv, norm, x)
         return pack(weight, Geometry.of(conv), x), bias
 
     weight, bias = unless_changed([norm], [conv.weight], ("fold", x.dtype), compute, also=layout_depends_on(x))

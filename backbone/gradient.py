@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.kept import unless_changed
@@ -81,16 +82,14 @@ class _FoldedLayers(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         scales, shifts = constants[: len(weights)], constants[len(weights) :]
-        layout = _memory_format(x)
-        folded = [scaled(w, scale, x.dtype, layout) for w, scale in zip(weights, scales, strict=True)]
-        inputs = [x]
-        for weight, shift, geometry in zip(folded, shifts, plan.geometries[:-1], strict=False):
-            inputs.append(conv_bias_act(inputs[-1], weight, shift, geometry))
-        if plan.projection:
-            residual = conv_bias_act(x, folded[-1], shifts[-1], plan.projection, relu=False)
         last = len(plan.geometries) - 1
-        out = conv_bias_act(
-            inputs[-1], folded[last], shifts[last], plan.geometries[last],
+        inputs = [x]
+        for index in range(last):
+            inputs.append(_layer(inputs[-1], weights[index], scales[index], shifts[index], plan.geometries[index]))
+        if plan.projection:
+            residual = _layer(x, weights[-1], scales[-1], shifts[-1], plan.projection, relu=False)
+        out = _layer(
+            inputs[-1], weights[last], scales[last], shifts[last], plan.geometries[last],
             x if plan.adds_input else residual, relu=plan.relu, reuse_residual=plan.projection is not None,
         )  # fmt: skip
         ctx.plan = plan
@@ -108,11 +107,15 @@ class _FoldedLayers(torch.autograd.Function):
 
         def through(index: int, grad: Tensor, x: Tensor, geometry: Geometry, needs_x: bool) -> Tensor | None:
             """Take ``grad`` back through convolution ``index``, keeping its weight's gradient."""
-            folded = scaled(weights[index], scales[index], x.dtype, layout) if needs_x else weights[index].to(x.dtype)
-            needs_weight = needs_weights[index]
-            grad_x, grad_weight = conv_backward(grad, x, folded, geometry, needs_x=needs_x, needs_weight=needs_weight)
+            weight, scale, needs_weight = weights[index], scales[index], needs_weights[index]
+            late = _scales_late(weight, grad.numel() // grad.shape[1])
+            if late:
+                grad = (grad * scale[:, None, None]).to(grad.dtype)
+            factor = weight.to(x.dtype, memory_format=layout) if late or not needs_x else scaled(weight, scale, x)
+            grad_x, grad_weight = conv_backward(grad, x, factor, geometry, needs_x=needs_x, needs_weight=needs_weight)
             if grad_weight is not None:
-                grads[index] = scaled(grad_weight, scales[index], weights[index].dtype)
+                grad_weight = grad_weight.to(weight.dtype)
+                grads[index] = grad_weight if late else grad_weight * scale[:, None, None, None]
             return grad_x
 
         if plan.relu:
@@ -137,14 +140,40 @@ class _FoldedLayers(torch.autograd.Function):
         return None, None, grad_x, at_end if needs_residual else None, *grads
 
 
-def scaled(
-    weight: Tensor, scale: Tensor, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format
+def _layer(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    geometry: Geometry,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    reuse_residual: bool = False,
 ) -> Tensor:
-    """Scale each output channel in the better of the dtypes and round once to ``dtype``, in one pass."""
-    scale = scale[:, None, None, None]
+    """Return ``relu(conv(x, weight) * scale + shift + residual)`` in the dtype of ``x``."""
+    height, width = (-(-size // step) for size, step in zip(x.shape[2:], geometry.stride, strict=True))
+    if not _scales_late(weight, x.shape[0] * height * width):
+        folded = scaled(weight, scale, x)
+        return conv_bias_act(x, folded, shift, geometry, residual, relu=relu, reuse_residual=reuse_residual)
+    raw = F.conv2d(x, weight.to(x.dtype, memory_format=_memory_format(x)), None, *geometry)
+    out = torch.addcmul(shift[:, None, None], raw, scale[:, None, None])
+    if residual is not None:
+        out += residual
+    return (out.relu_() if relu else out).to(x.dtype)
+
+
+def _scales_late(weight: Tensor, pixels: int) -> bool:
+    """Whether a channel's output of so many pixels is quicker to scale than the channel's weight, on the CPU."""
+    return weight.device.type == "cpu" and weight[0].numel() > pixels
+
+
+def scaled(weight: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    """Return ``weight * scale`` per output channel, rounded once to the dtype and in the layout of ``like``."""
+    scale, layout = scale[:, None, None, None], _memory_format(like)
     if torch.is_grad_enabled():  # a second derivative is wanted
-        return (weight * scale).to(dtype, memory_format=memory_format)
-    return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype, memory_format=memory_format))
+        return (weight * scale).to(like.dtype, memory_format=layout)
+    return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=like.dtype, memory_format=layout))
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
