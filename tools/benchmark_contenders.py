@@ -155,6 +155,12 @@ def our_contender(case: Case) -> Contender:
     return contender
 
 
+def our_graphed_contender(case: Case) -> Contender:
+    """Ours with one CUDA graph per image shape."""
+    graphed = optimize_for_inference(our_network(case), dtype=case.dtype if case.is_half else None, cuda_graphs=True)
+    return inference(case, "ours (CUDA graphs)", graphed)
+
+
 def our_plain_contender(case: Case) -> Contender:
     """Ours for inference without ``optimize_for_inference``."""
     return eager(case, "ours (not optimised)", our_network(case))
@@ -183,9 +189,8 @@ def compiled_peer(case: Case) -> Contender:
     compiled = torch.compile(network, dynamic=False)
 
     def call(images: Tensor) -> object:
-        with torch._inductor.config.patch(
-            freezing=not case.is_train
-        ):  # as an option of compile() it does half its work
+        # as an option of compile() it does half its work
+        with torch._inductor.config.patch(freezing=not case.is_train):
             return compiled(images)
 
     return eager(case, "torchvision-compile", network, call)
@@ -274,6 +279,8 @@ def builders_of(case: Case, peers: Sequence[str], compile_at: Sequence[int]) -> 
     builders: dict[str, Callable[[Case], Contender]] = {"ours": our_contender}
     if not case.is_train:
         builders["ours (not optimised)"] = our_plain_contender
+    if case.workload is Workload.INFER and case.device is DeviceName.CUDA:
+        builders["ours (CUDA graphs)"] = our_graphed_contender
     if "torchvision" in peers and case.is_half and case.device is DeviceName.CPU and case.workload is Workload.INFER:
         builders["torchvision float32"] = torchvision_float32_peer
     builders |= {name: PEERS[name] for name in peers}
