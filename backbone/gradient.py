@@ -114,8 +114,8 @@ class _FoldedLayers(torch.autograd.Function):
             factor = weight.to(x.dtype, memory_format=layout) if late or not needs_x else scaled(weight, scale, x)
             grad_x, grad_weight = conv_backward(grad, x, factor, geometry, needs_x=needs_x, needs_weight=needs_weight)
             if grad_weight is not None:
-                grad_weight = grad_weight.to(weight.dtype)
-                grads[index] = grad_weight if late else grad_weight * scale[:, None, None, None]
+                grad_weight = grad_weight if late else grad_weight * scale[:, None, None, None]
+                grads[index] = grad_weight.to(weight.dtype)
             return grad_x
 
         if plan.relu:
