@@ -102,12 +102,13 @@ class Bottleneck(nn.Module):
 class Projection(nn.Sequential):
     """The 1x1 convolution and norm of a shortcut that changes shape (option B of the paper)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: NormLayer) -> None:
-        super().__init__(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
-
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up."""
-        return conv_norm_act(x, self[0], self[1], relu=False)
+        conv, norm, *more = self
+        x = conv_norm_act(x, conv, norm, relu=False)
+        for module in more:
+            x = module(x)
+        return x
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int, groups: int = 1) -> nn.Conv2d:
@@ -119,4 +120,4 @@ def _projection(in_channels: int, out_channels: int, stride: int, norm: NormLaye
     """Return the shortcut's projection, or None where the shortcut is the identity."""
     if stride == 1 and in_channels == out_channels:
         return None
-    return Projection(in_channels, out_channels, stride, norm)
+    return Projection(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))

@@ -171,7 +171,8 @@ def _print_description(name: str, image_size: tuple[int, int], description: Desc
         )
     outside = description.parameters - sum(stage.parameters for stage in description.stages)
     if outside:
-        table.add_row("classifier", "-", "-", "-", "-", "-", f"{outside:,}", "0.00", "no")
+        products = description.multiply_adds - sum(stage.multiply_adds for stage in description.stages)
+        table.add_row("head", "-", "-", "-", "-", "-", f"{outside:,}", f"{products / 1e9:.2f}", "no")
     total = f"{description.multiply_adds / 1e9:.2f}"
     table.add_section()
     table.add_row("total", "", "", "", "", "", f"{description.parameters:,}", total, "")

@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 from dataclasses import dataclass
+from typing import Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from backbone.fused import FoldedConv2d
 from backbone.graphs import GraphedExtractor
 from backbone.norm import FrozenBatchNorm2d
 
+_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _log = logging.getLogger(__name__)
 
 
@@ -56,13 +58,15 @@ def optimize_for_inference(
             shapes and small batches, where launching kernels takes longer than running them.
 
     Raises:
-        ValueError: If ``dtype`` is not a floating-point type.
+        ValueError: If ``dtype`` is none of float16, bfloat16, float32 and float64.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
+    if dtype not in (None, *_DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None, got {dtype}")
     model = copy.deepcopy(model).eval()
-    extractor = getattr(model, "backbone", model)
-    before = next(extractor.parameters()).dtype
+    extractor = getattr(model, "backbone", None)
+    if not isinstance(extractor, nn.Module):
+        extractor = model
+    before = next((parameter.dtype for parameter in extractor.parameters()), torch.float32)
     folded = sum(_fold_norms(module) for module in model.modules())
     prepared = _prepare(model)
     if dtype is not None:
@@ -88,19 +92,22 @@ def _fold_norms(parent: nn.Module) -> int:
     folded = 0
     for conv_name, norm_name in pairs:
         conv, norm = parent._modules[conv_name], parent._modules[norm_name]
-        if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and norm is not None and _has_statistics(norm):
+        if conv is not None and norm is not None and _is_plain(conv) and _has_statistics(norm):
             parent._modules[conv_name] = _fold(conv, norm)
             parent._modules[norm_name] = nn.Identity()
             folded += 1
     return folded
 
 
+def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
 def _has_statistics(norm: nn.Module) -> bool:
     """Whether ``norm`` is a batch norm of any library: torch's, ours, torchvision's or detectron2's frozen one."""
-    return (
-        isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d)
-        or type(norm).__name__ == "FrozenBatchNorm2d"
-    ) and getattr(norm, "running_var", None) is not None
+    # not their subclasses: those may compute more, such as an activation
+    ours = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+    return (ours or type(norm).__name__ == "FrozenBatchNorm2d") and getattr(norm, "running_var", None) is not None
 
 
 @torch.no_grad()
@@ -121,7 +128,7 @@ def _prepare(model: nn.Module) -> int:
     prepared = 0
     for parent in list(model.modules()):
         for name, conv in parent._modules.items():
-            if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+            if conv is not None and _is_plain(conv):
                 bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
                 parent._modules[name] = FoldedConv2d(conv, conv.weight, bias)
                 prepared += 1
@@ -138,5 +145,6 @@ def _cast(features: object, dtype: torch.dtype) -> object:
     if isinstance(features, dict):
         return type(features)((name, _cast(feature, dtype)) for name, feature in features.items())
     if isinstance(features, list | tuple):
-        return type(features)(_cast(feature, dtype) for feature in features)
+        cast = [_cast(feature, dtype) for feature in features]
+        return features._make(cast) if hasattr(features, "_make") else type(features)(cast)  # _make: a named tuple
     return features

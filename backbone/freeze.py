@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from backbone.features import Backbone
-from backbone.norm import FrozenBatchNorm2d, freeze_norms, thaw_norms
+from backbone.norm import FrozenBatchNorm2d, freeze_norms, require_freezable, thaw_norms
 from backbone.stages import STAGE_NAMES
 
 
@@ -14,8 +14,9 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
 
     Stage 1 is the stem, 2 is C2, ... 5 is C5; 0 thaws everything. Frozen parameters require no grad, hold no grad,
     and every BatchNorm2d among them becomes a FrozenBatchNorm2d holding the same Parameter objects, so ``train()``
-    cannot move it and an existing optimizer stays valid. Thawing swaps back. Norms that were built frozen
-    (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes them trainable.
+    cannot move it and an existing optimizer stays valid. Thawing swaps the same BatchNorm2d back, with its hooks, which
+    rest meanwhile. Norms that were built frozen (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes
+    them trainable.
 
     Args:
         backbone: Any backbone of this package; weights already loaded.
@@ -29,6 +30,9 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
     """
     if type(freeze_at) is not int or not 0 <= freeze_at <= len(STAGE_NAMES):
         raise ValueError(f"freeze_at must be 0 to 5 (stages counted from the stem), got {freeze_at!r}")
+    for stage, paths in backbone.stage_modules.items():
+        for path in paths if STAGE_NAMES.index(stage) < freeze_at else ():
+            require_freezable(backbone.get_submodule(path), path)  # all before the first is touched
     for stage, paths in backbone.stage_modules.items():
         freeze = STAGE_NAMES.index(stage) < freeze_at
         for path in paths:

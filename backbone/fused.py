@@ -3,7 +3,8 @@
 A frozen norm is a constant scale and shift per channel, so ``conv(x, w) * scale + shift = conv(x, w * scale) + shift``:
 it never needs a pass over activations. ``conv_norm_act`` picks, per call,
 
-* plain PyTorch where the norm trains, the call is being traced, or someone watches (hooks, dispatch modes);
+* plain PyTorch where the norm trains, the call is being traced, or someone watches (hooks, dispatch modes), except in
+  an inference copy, which has no norm left to call;
 * where a gradient is needed, one autograd node that saves no folded weight (gradient.py);
 * otherwise one fused kernel (kernels.py) on folded weights that are kept and never stale (kept.py).
 """
@@ -14,6 +15,7 @@ from typing import Any, Self, TypeAlias, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from backbone.gradient import FrozenLayer, scaled, with_gradient
@@ -55,7 +57,7 @@ def conv_norm_act(
         out: Tensor = norm(conv(x))
         if residual is not None:
             out = out + residual
-        return F.relu(out, inplace=True) if relu else out
+        return F.relu(out, inplace=not is_watched(norm)) if relu else out
     x = x.to(_compute_dtype(x))
     residual = residual if residual is None else residual.to(x.dtype)
     if _needs_grad(x, layer[0].weight, residual):
@@ -77,7 +79,8 @@ def residual_block(
     """
     shortcut: list[Layer] = [] if projection is None else [(projection[0], projection[1])]
     watched = projection is not None and is_watched(projection)
-    checked = (*layers, *shortcut) if torch.is_grad_enabled() and not watched else ()
+    known = projection is None or len(projection) == 2  # noqa: PLR2004
+    checked = (*layers, *shortcut) if torch.is_grad_enabled() and known and not watched else ()
     frozen = [layer for layer in checked if _is_fusable(layer, x)]
     if len(frozen) == len(layers) + len(shortcut):
         x = x.to(_compute_dtype(x))
@@ -110,6 +113,10 @@ class FoldedConv2d(nn.Conv2d):
         bias: The norm's shift.
     """
 
+    _prepared_state: object
+    _packed: Tensor | None
+    _winograd: WinogradConv | None
+
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
         super().__init__(conv.in_channels, conv.out_channels, 1, groups=conv.groups, device="meta")
         self.kernel_size, self.padding_mode = conv.kernel_size, conv.padding_mode
@@ -117,8 +124,7 @@ class FoldedConv2d(nn.Conv2d):
         self.stride, self.padding, self.dilation, _ = self.geometry
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self._packed: tuple[object, Tensor] | None = None
-        self._winograd: WinogradConv | None = None
+        self._forget()
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
@@ -134,39 +140,50 @@ class FoldedConv2d(nn.Conv2d):
         autocasts = _autocasts(x) and torch.get_autocast_dtype(x.device.type) != weight.dtype
         if not autocasts and x.dtype != weight.dtype:
             x = x.to(weight.dtype)
-        if autocasts or _is_seen_through(x) or _needs_grad(x, weight, residual):
+        if autocasts or x.ndim != 4 or _is_seen_through(x) or _needs_grad(x, weight, residual):  # noqa: PLR2004
             out = F.conv2d(x, weight, bias, *self.geometry)
             out = out if residual is None else out + residual
             return F.relu(out) if relu else out
-        packed = self._prepared_for(x, weight, bias)
+        self._prepare_for(x, weight, bias)
         if self._winograd is not None and residual is None:
             return self._winograd(x, relu=relu)
-        return conv_bias_act(x, packed, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
+        best = weight if self._packed is None else self._packed
+        return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
-    def _prepared_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Pack the weight for inputs shaped like ``x``; once a shape comes twice in a row, consider Winograd."""
-        state = (weight._version, layout_depends_on(x))
-        if self._packed is None or self._packed[0] != state:
+    def _prepare_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """Pack the weight once a shape comes twice in a row, and consider Winograd when it comes again.
+
+        Both pay only where shapes repeat; a detector whose images all differ runs on the plain weight.
+        """
+        state = (
+            layout_depends_on(x),
+            torch.backends.mkldnn.enabled,
+            *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (weight, bias)),
+        )
+        if self._prepared_state != state:
+            self._prepared_state, self._packed, self._winograd = state, None, None
+            if x.device.type == "cpu":
+                return
+        if self._packed is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._packed, self._winograd = (state, pack(weight, self.geometry, x)), None
+                self._packed = pack(weight, self.geometry, x)
         elif self._winograd is None and suits(x, weight, self.geometry):
             self._winograd = WinogradConv(weight, bias, x)
-        return self._packed[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._packed = self._winograd = None
+        self._forget()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        self._packed = self._winograd = None
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _forget(self) -> None:
+        self._prepared_state = self._packed = self._winograd = None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_packed": None,
-            "_winograd": None,
-        }  # a packed weight can be neither copied nor pickled
+        # what is prepared can be neither copied nor pickled
+        return {**self.__dict__, "_prepared_state": None, "_packed": None, "_winograd": None}
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -209,6 +226,7 @@ def _is_seen_through(x: Tensor) -> bool:
         or bool(torch._C._get_tracing_state())
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -219,16 +237,17 @@ def is_watched(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced on this very object
         or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The folded weight, packed for inputs like ``x``, and the bias."""
+    """The folded weight and bias, for images of any size."""
 
     def compute() -> tuple[Tensor, ...]:
         weight, bias = fold(conv, norm, x)
-        return pack(weight, Geometry.of(conv), x), bias
+        return weight if x.device.type == "cpu" else pack(weight, Geometry.of(conv), x), bias
 
-    weight, bias = unless_changed([norm], [conv.weight], ("fold", x.dtype), compute, also=layout_depends_on(x))
+    weight, bias = unless_changed([norm], [conv.weight], ("fold", x.dtype), compute)
     return weight, bias

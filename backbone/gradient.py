@@ -69,7 +69,8 @@ class _FoldedLayers(torch.autograd.Function):
     """Convolutions with frozen norms, a shortcut and ReLUs, saving no folded weight and no extra activation.
 
     Scales and shifts are constants. What is saved is each convolution's input and the output (for the ReLU's mask; the
-    next node saves it as its input anyway), the raw weights and the scales.
+    next node saves it as its input anyway), the raw weights and the scales. Where a second derivative may
+    follow (``create_graph=True``), backward goes through plain PyTorch.
     """
 
     @staticmethod
@@ -93,7 +94,7 @@ class _FoldedLayers(torch.autograd.Function):
             x if plan.adds_input else residual, relu=plan.relu, reuse_residual=plan.projection is not None,
         )  # fmt: skip
         ctx.plan = plan
-        ctx.save_for_backward(*weights, *scales, *inputs, out if plan.relu else None)
+        ctx.save_for_backward(*weights, *constants, *inputs, out if plan.relu else None)
         return out
 
     @staticmethod
@@ -101,7 +102,11 @@ class _FoldedLayers(torch.autograd.Function):
         plan, (_, _, needs_x, needs_residual, *needs_weights) = ctx.plan, ctx.needs_input_grad
         count = len(needs_weights)
         saved = ctx.saved_tensors
-        weights, scales, inputs, out = saved[:count], saved[count : 2 * count], saved[2 * count : -1], saved[-1]
+        weights, scales, inputs, out = saved[:count], saved[count : 2 * count], saved[3 * count : -1], saved[-1]
+        if torch.is_grad_enabled():
+            constants = saved[count : 3 * count]
+            first, second, *others = _differentiable_backward(plan, constants, inputs[0], weights, out, grad)
+            return None, None, first, second if needs_residual else None, *others
         layout = _memory_format(inputs[0])
         grads: list[Tensor | None] = [None] * count
 
@@ -123,11 +128,11 @@ class _FoldedLayers(torch.autograd.Function):
         at_end: Tensor = grad.contiguous(memory_format=layout)
         current: Tensor | None = at_end
         for index in reversed(range(len(plan.geometries))):
-            if current is None:
-                break
             x, needs_input = inputs[index], needs_x or any(needs_weights[:index])
-            if needs_input or needs_weights[index]:
-                current = through(index, current, x, plan.geometries[index], needs_input)
+            if current is None or not (needs_input or needs_weights[index]):
+                current = None
+                break
+            current = through(index, current, x, plan.geometries[index], needs_input)
             if current is not None and index > 0:
                 current = torch.ops.aten.threshold_backward(current, x, 0)
         grad_x = current if needs_x else None
@@ -138,6 +143,36 @@ class _FoldedLayers(torch.autograd.Function):
         if grad_x is not None and grad_shortcut is not None:
             grad_x = grad_x + grad_shortcut
         return None, None, grad_x, at_end if needs_residual else None, *grads
+
+
+def _differentiable_backward(
+    plan: _Plan,
+    constants: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    out: Tensor | None,
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, residual and weights as functions that can be differentiated again."""
+    scales, shifts = constants[: len(weights)], constants[len(weights) :]
+
+    def layer(x: Tensor, index: int, geometry: Geometry) -> Tensor:
+        raw = F.conv2d(x, weights[index].to(x.dtype), None, *geometry)
+        return torch.addcmul(shifts[index][:, None, None], raw, scales[index][:, None, None]).to(x.dtype)
+
+    end = x
+    for index, geometry in enumerate(plan.geometries[:-1]):
+        end = F.relu(layer(end, index, geometry))
+    end = layer(end, len(plan.geometries) - 1, plan.geometries[-1])
+    if plan.projection:
+        end = end + layer(x, len(weights) - 1, plan.projection)
+    elif plan.adds_input:
+        end = end + x
+    grad = grad if out is None else grad * (out > 0)  # the ReLU, whose mask holds the residual's part as well
+    wanted = [tensor for tensor in (x, *weights) if tensor.requires_grad]
+    found = iter(torch.autograd.grad(end, wanted, grad, create_graph=True)) if wanted else iter(())
+    grad_x, *grad_weights = [next(found) if tensor.requires_grad else None for tensor in (x, *weights)]
+    return grad_x, grad, *grad_weights
 
 
 def _layer(
@@ -168,12 +203,11 @@ def _scales_late(weight: Tensor, pixels: int) -> bool:
     return weight.device.type == "cpu" and weight[0].numel() > pixels
 
 
+@torch.no_grad()
 def scaled(weight: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     """Return ``weight * scale`` per output channel, rounded once to the dtype and in the layout of ``like``."""
-    scale, layout = scale[:, None, None, None], _memory_format(like)
-    if torch.is_grad_enabled():  # a second derivative is wanted
-        return (weight * scale).to(like.dtype, memory_format=layout)
-    return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=like.dtype, memory_format=layout))
+    out = torch.empty_like(weight, dtype=like.dtype, memory_format=_memory_format(like))
+    return torch.mul(weight, scale[:, None, None, None], out=out)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

@@ -2,9 +2,14 @@
 
 A folded weight costs a pass over the weight; making it once is worth little if it can ever be out of date. A result is
 used again only if every tensor it came from is the same object, at the same address, with the same version counter,
-in the same generation of its norm, and (on the CPU, where a look costs nothing) with the same sampled values.
+in the same generation of its norm, and, on the CPU, with the same values at 64 places. On CUDA, where a look would wait
+for the device and a fused optimizer moves no version counter, nothing that trains is kept at all.
+
+One edit goes unseen: a few values changed through ``.data``, or any number of a frozen weight on CUDA. Write under
+``torch.no_grad()`` instead, or call ``train()`` and ``eval()`` after it.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Final, NamedTuple
@@ -36,8 +41,6 @@ def unless_changed(
     weights: Sequence[Tensor],
     purpose: Hashable,
     compute: Callable[[], tuple[Tensor, ...]],
-    *,
-    also: object = None,
 ) -> tuple[Tensor, ...]:
     """Return what ``compute`` makes of norms and weights; the same tensors again until one of those has changed.
 
@@ -46,15 +49,15 @@ def unless_changed(
         weights: The weights it depends on.
         purpose: Tells apart results that depend on the same norms.
         compute: Makes the result.
-        also: What else the result depends on.
     """
     sources = (*weights, *(constant for norm in norms for constant in norm.constants()))
     device = sources[0].device
     on_cpu = device.type == "cpu"
-    if any(map(Tensor.is_inference, sources)) or (not on_cpu and torch.cuda.is_current_stream_capturing()):
-        return compute()  # inference tensors have no version to compare; a graph must compute on every replay
+    if any(map(Tensor.is_inference, sources)):  # these have no version to compare
+        return compute()
+    if not on_cpu and (any(w.requires_grad for w in weights) or torch.cuda.is_current_stream_capturing()):
+        return compute()  # a graph must compute on every replay
     state = (
-        also,
         device,
         torch.backends.mkldnn.enabled,
         *[(norm.generation, norm.eps) for norm in norms],
@@ -76,6 +79,14 @@ def unless_changed(
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Values spread over ``tensor``: an edit through ``.data`` changes them, though it moves no version counter."""
-    size = tensor.numel()
-    return tensor.detach().as_strided((min(size, _SAMPLES),), (max(1, size // _SAMPLES),))
+    """Values all over ``tensor``: an edit through ``.data`` changes them, though it moves no version counter."""
+    return torch.take(tensor.detach(), _places(tensor.numel()))
+
+
+@functools.cache
+def _places(size: int) -> Tensor:
+    """All indices of a small tensor, random ones of a large tensor."""
+    with torch.inference_mode(False):
+        if size <= _SAMPLES:
+            return torch.arange(size, device="cpu")
+        return torch.randint(size, (_SAMPLES,), device="cpu", generator=torch.Generator("cpu").manual_seed(size))

@@ -27,7 +27,8 @@ class FrozenBatchNorm2d(nn.Module):
         eps: Added to the variance, as in nn.BatchNorm2d.
 
     Attributes:
-        frozen_from: The class and momentum this layer had before it was frozen; None if it was built frozen.
+        frozen_from: The layer this one stands for until it is thawed, in a tuple so that it is no child of this one;
+            None if it was built frozen.
         generation: Grows where values may have changed unseen (``to()``, ``train()``); guards what is computed from
             them and kept.
     """
@@ -42,7 +43,7 @@ class FrozenBatchNorm2d(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
-        self.frozen_from: tuple[type[TrainableBatchNorm], float | None] | None = None
+        self.frozen_from: tuple[TrainableBatchNorm] | None = None
         self.generation = 0
         self.weight = nn.Parameter(torch.ones(num_features), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=False)
@@ -111,7 +112,13 @@ def freeze_norms(module: nn.Module) -> nn.Module:
         ValueError: If a batch norm cannot be frozen by a swap: it has no running statistics, no affine parameters,
             or is a subclass that computes something more. Nothing is swapped then.
     """
-    for name, child in module.named_modules():
+    require_freezable(module)
+    return _swap(module, lambda child: _frozen(child) if isinstance(child, _SWAPPABLE) else None)
+
+
+def require_freezable(module: nn.Module, path: str = "") -> None:
+    """Raise ValueError if a batch norm in ``module``, found at ``path``, cannot be frozen by a swap."""
+    for name, child in module.named_modules(prefix=path):
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not (
             type(child) in _SWAPPABLE and child.bias is not None and child.track_running_stats
         ):
@@ -119,7 +126,6 @@ def freeze_norms(module: nn.Module) -> nn.Module:
                 f"only a BatchNorm2d or SyncBatchNorm with running statistics and affine parameters can be frozen, "
                 f"got {child!r} at {name or 'the top'!r}; replace it by one of these"
             )
-    return _swap(module, lambda child: _frozen(child) if isinstance(child, _SWAPPABLE) else None)
 
 
 def thaw_norms(module: nn.Module, *, built_frozen: bool = True) -> nn.Module:
@@ -145,14 +151,14 @@ def thaw_norms(module: nn.Module, *, built_frozen: bool = True) -> nn.Module:
 
 def _frozen(norm: TrainableBatchNorm) -> FrozenBatchNorm2d:
     frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
-    frozen.frozen_from = (type(norm), norm.momentum)
+    frozen.frozen_from = (norm,)
     _share_state(norm, frozen, requires_grad=False)
     return frozen
 
 
 def _thawed(frozen: FrozenBatchNorm2d) -> TrainableBatchNorm:
-    norm_class, momentum = frozen.frozen_from or (nn.BatchNorm2d, 0.1)
-    norm = norm_class(frozen.num_features, frozen.eps, momentum)
+    norm = frozen.frozen_from[0] if frozen.frozen_from else nn.BatchNorm2d(frozen.num_features)
+    norm.eps = frozen.eps
     _share_state(frozen, norm, requires_grad=True)
     return norm
 

@@ -52,23 +52,24 @@ class Stage(nn.Sequential):
 
     Args:
         blocks: The blocks in order.
-        out_channels: Channels of the stage's output.
         recompute: Whether each block's activations are recomputed in backward instead of kept.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], out_channels: int, *, recompute: bool = False) -> None:
+    def __init__(self, *blocks: nn.Module, recompute: bool = False) -> None:
         super().__init__(*blocks)
-        self.out_channels = out_channels
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, C_in, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up."""
-        recompute = self.recompute and torch.is_grad_enabled()
+        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
         previous: nn.Module | None = None
         for block in self:
-            # What one block hands to the next is seen by nobody else, unless a hook is watching.
-            unseen = previous is not None and not is_watched(previous) and not is_watched(block)
-            x = _recomputed(block, x) if recompute else block(x, reuse_input=unseen)
+            if self.recompute and torch.is_grad_enabled():
+                x = _recomputed(block, x)
+            elif isinstance(block, BasicBlock | Bottleneck) and isinstance(previous, BasicBlock | Bottleneck):
+                # what one block hands to the next is seen by nobody else, unless someone is watching
+                x = block(x, reuse_input=not is_watched(previous) and not is_watched(block))
+            else:
+                x = block(x)
             previous = block
         return x
 
@@ -129,7 +130,7 @@ class ResNet(Backbone):
         for number, plan in enumerate(plans[:last]):
             blocks = _blocks(variant, number, plan, channels, stride_in_1x1, make_norm)
             channels = (STEM_CHANNELS << number) * variant.block.expansion
-            stage = Stage(blocks, channels, recompute=plan.name in checkpoint_stages)
+            stage = Stage(*blocks, recompute=plan.name in checkpoint_stages)
             self.add_module(f"layer{number + 1}", stage)
             self.stage_modules[plan.name] = (f"layer{number + 1}",)
             if plan.name in out_features:

@@ -5,6 +5,8 @@ Each 4x4 tile of the output comes from a 6x6 tile of the input: both are transfo
 take the place of 144, and the result is transformed back. The 36 products are one grouped 1x1 convolution.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,22 +20,17 @@ _MIN_CHANNELS = 128  # below, the transforms cost more than the products save
 _MIN_TILES = 8
 
 
+@functools.cache
 def _transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """Cook-Toom: the matrices for input (6, 6), kernel (6, 3) and output (4, 6), in double precision."""
+    """Cook-Toom: the matrices for input (6, 6), kernel (6, 3) and output (4, 6), in double precision on the CPU."""
 
     def powers(count: int) -> Tensor:
         rows = [[point**power for power in range(count)] for point in _POINTS]
-        return torch.tensor([*rows, [0.0] * (count - 1) + [1.0]], dtype=torch.float64)
+        return torch.tensor([*rows, [0.0] * (count - 1) + [1.0]], dtype=torch.float64, device="cpu")
 
     for_input = torch.linalg.inv(powers(_SPAN)).T
     size = 2 ** torch.round(torch.log2(for_input.abs().amax(1, keepdim=True)))  # powers of two: exact
     return for_input / size, powers(3) * size, powers(_TILE).T
-
-
-_INPUT, _KERNEL, _OUTPUT = _transforms()
-_INPUT_2D = torch.kron(_INPUT, _INPUT).float()
-_OUTPUT_2D = torch.kron(_OUTPUT, _OUTPUT).float()
-_ONE = torch.linalg.pinv(_OUTPUT) @ torch.ones(_TILE, dtype=torch.float64)  # transforms back to 1 everywhere
 
 
 def suits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -60,12 +57,15 @@ class WinogradConv:
 
     def __init__(self, weight: Tensor, bias: Tensor, x: Tensor) -> None:
         self.out_channels, in_channels = weight.shape[:2]
-        transformed = torch.einsum("ik,ockl,jl->ijoc", _KERNEL, weight.double(), _KERNEL)
+        for_input, for_kernel, for_output = _transforms()
+        self.for_input, self.for_output = (torch.kron(t, t).float() for t in (for_input, for_output))
+        one = torch.linalg.pinv(for_output).sum(1)  # transforms back to 1 everywhere: the bias enters before
+        transformed = torch.einsum("ik,ockl,jl->ijoc", for_kernel, weight.double(), for_kernel)
         transformed = transformed.reshape(-1, in_channels, 1, 1).float()
         self.geometry = Geometry((1, 1), (0, 0), (1, 1), _SPAN * _SPAN)
-        self.bias = (torch.outer(_ONE, _ONE).reshape(-1, 1) * bias.double()).reshape(-1).float()
+        self.bias = (torch.outer(one, one).reshape(-1, 1) * bias.double()).reshape(-1).float()
         tiles = [-(-size // _TILE) for size in x.shape[2:]]
-        self.weight = pack(transformed, self.geometry, torch.empty(len(x), _SPAN * _SPAN * in_channels, *tiles))
+        self.weight = pack(transformed, self.geometry, x.new_empty(len(x), _SPAN * _SPAN * in_channels, *tiles))
 
     def __call__(self, x: Tensor, *, relu: bool) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H, W), channels_last."""
@@ -79,13 +79,13 @@ class WinogradConv:
             (batch, rows, columns, _SPAN, _SPAN, channels),
             (image, _TILE * row, _TILE * pixel, row, pixel, 1),
         )
-        tile = torch.bmm(_INPUT_2D.expand(tiles, -1, -1), overlapping.reshape(tiles, _SPAN * _SPAN, channels))
+        tile = torch.bmm(self.for_input.expand(tiles, -1, -1), overlapping.reshape(tiles, _SPAN * _SPAN, channels))
         tile = tile.view(batch, rows, columns, -1).permute(0, 3, 1, 2)  # channels_last
         tile = conv_bias_act(tile, self.weight, self.bias, self.geometry, relu=False)
         tile = tile.permute(0, 2, 3, 1).reshape(tiles, _SPAN * _SPAN, self.out_channels)
-        tile = torch.bmm(_OUTPUT_2D.expand(tiles, -1, -1), tile)
+        tile = torch.bmm(self.for_output.expand(tiles, -1, -1), tile)
         tile = tile.view(batch, rows, columns, _TILE, _TILE, self.out_channels).transpose(2, 3)
-        out = torch.empty(tile.shape)
+        out = tile.new_empty(tile.shape)
         out = torch.clamp_min(tile, 0, out=out) if relu else out.copy_(tile)  # ReLU and layout in one pass
         out = out.view(batch, rows * _TILE, columns * _TILE, self.out_channels)[:, :height, :width]
         return out.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)

@@ -3,12 +3,14 @@
 import copy
 import logging
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torchvision
 from conftest import build, randomise_norms, relative_error
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork
@@ -93,6 +95,81 @@ def test_a_used_optimised_model_can_be_copied(copying: Any) -> None:
     assert torch.equal(copying(fast)(images)["c5"], expected)
 
 
+EDITS: dict[str, Callable[[Any], object]] = {
+    "in place": lambda conv: conv.weight.mul_(2),
+    "of one channel of the bias": lambda conv: conv.bias[3].add_(1),
+    "through a new parameter": lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight * 2)),
+    "through a new .data": lambda conv: setattr(conv.weight, "data", conv.weight * 2),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@torch.no_grad()
+def test_an_edit_of_an_optimised_model_is_seen(edit: str) -> None:
+    fast = optimize_for_inference(trained("resnet50", norm="frozen_bn", out_features=["c4"]))
+    images = torch.randn(1, 3, 192, 192)
+    for _ in range(3):
+        before = fast(images)["c4"]
+    EDITS[edit](fast.get_submodule("layer3.1.conv2"))
+    after = fast(images)["c4"]
+    assert relative_error(after, before) > 1e-3
+    assert relative_error(after, copy.deepcopy(fast)(images)["c4"]) <= 1e-5
+
+
+def test_a_model_optimised_in_inference_mode_works() -> None:
+    with torch.inference_mode():
+        fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+        for _ in range(3):
+            assert fast(images)["c5"].shape == (1, 512, 2, 2)
+
+
+@torch.no_grad()
+def test_switching_onednn_off_after_packing_works() -> None:
+    fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    expected = [fast(images)["c5"] for _ in range(3)][-1]
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert relative_error(fast(images)["c5"], expected) <= 1e-5
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+@torch.no_grad()
+def test_another_default_dtype_changes_nothing() -> None:
+    fast = optimize_for_inference(trained("resnet50", norm="frozen_bn", out_features=["c4"]))
+    images = torch.randn(1, 3, 192, 192)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert [fast(images)["c4"].dtype for _ in range(4)] == [torch.float32] * 4
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Odd(nn.Module):
+    """A model whose parts look unlike ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = "a name"
+        self.same = nn.Sequential(nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8))
+        self.with_activation = nn.Sequential(nn.Conv2d(8, 8, 1), BatchNormAct2d(8))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.with_activation(self.same(image))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_unlike_models_keep_their_outputs() -> None:
+    model, images = Odd().eval(), torch.randn(2, 3, 16, 16)
+    assert relative_error(optimize_for_inference(model)(images), model(images)) <= 1e-5
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3))
+    assert relative_error(optimize_for_inference(conv)(images[0]), conv(images[0])) <= 1e-5
+
+
+def test_a_model_without_parameters_is_fine() -> None:
+    assert isinstance(optimize_for_inference(nn.ReLU()), nn.ReLU)
+
+
 @torch.no_grad()
 def test_new_weights_in_an_optimised_model_are_used() -> None:
     fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
@@ -117,7 +194,7 @@ def test_an_optimised_model_exports() -> None:
 
 
 def test_a_dtype_that_is_no_float_is_refused() -> None:
-    with pytest.raises(ValueError, match="floating-point type"):
+    with pytest.raises(ValueError, match=r"dtype must be one of torch.float16, .* got torch.int8"):
         optimize_for_inference(trained(), dtype=torch.int8)
 
 

@@ -137,6 +137,14 @@ def test_a_number_of_stages_out_of_range_is_refused(freeze_at: int) -> None:
         freeze_stages(build(), freeze_at)
 
 
+def test_a_norm_that_cannot_freeze_leaves_everything_as_it_was() -> None:
+    model = build()
+    model.get_submodule("layer2.0").bn1 = nn.BatchNorm2d(128, affine=False)
+    with pytest.raises(ValueError, match=r"at 'layer2\.0\.bn1'"):
+        freeze_stages(model, 4)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_stages_that_are_not_built_have_nothing_to_freeze() -> None:
     model = build(out_features=["c3"])
     freeze_stages(model, 5)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import multiprocessing
 import pickle
 import random
@@ -96,7 +97,52 @@ def test_gradients_are_exact_in_double_precision(needs: str) -> None:
         return conv_norm_act(x, conv, norm, residual)
 
     assert torch.autograd.gradcheck(operation, (x, conv.weight, residual))
-    assert torch.autograd.gradgradcheck(operation, (x, conv.weight, residual))
+
+
+def trainable_subsets(count: int) -> list[tuple[bool, ...]]:
+    return [subset for subset in itertools.product([False, True], repeat=count) if any(subset)]
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "subset"),
+    [(16, subset) for subset in trainable_subsets(4)] + [(8, subset) for subset in trainable_subsets(5)],
+)
+def test_any_part_of_a_block_may_train(in_channels: int, subset: tuple[bool, ...]) -> None:
+    block = Bottleneck(in_channels, 4, 16, 1, 1, 1, False, FrozenBatchNorm2d).double()
+    randomise_norms(block)
+    x = torch.randn(2, in_channels, 5, 6, dtype=torch.double)
+    weights = [parameter for parameter in block.parameters() if parameter.ndim == 4]
+    wanted = [tensor.requires_grad_(needs) for tensor, needs in zip((x, *weights), subset, strict=True)]
+    wanted = [tensor for tensor in wanted if tensor.requires_grad]
+    with unfused():
+        expected = torch.autograd.grad(block(x).square().sum(), wanted)
+    actual = torch.autograd.grad(block(x).square().sum(), wanted)
+    assert all(relative_error(ours, plain) <= 1e-12 for ours, plain in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("in_channels", [8, 16])
+def test_second_derivatives_equal_plain_pytorch(in_channels: int) -> None:
+    block = Bottleneck(in_channels, 4, 16, 1, 1, 1, False, FrozenBatchNorm2d).double()
+    randomise_norms(block)
+    x = torch.randn(2, in_channels, 4, 4, dtype=torch.double, requires_grad=True)
+    weights = [parameter for parameter in block.parameters() if parameter.ndim == 4]
+
+    def second() -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(block(x).pow(3).sum(), [x, *weights], create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), [x, *weights])  # type: ignore[arg-type]
+
+    actual = second()
+    with unfused():
+        expected = second()
+    assert all(relative_error(ours, plain) <= 1e-10 for ours, plain in zip(actual, expected, strict=True))
+
+
+def test_second_derivatives_reach_a_residual() -> None:
+    conv, norm = (module.double() for module in conv_and_norm({"kernel_size": 1}, channels=3))
+    x, residual = (torch.randn(1, 3, 4, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradgradcheck(
+        lambda x, weight, residual: conv_norm_act(x, conv, norm, residual), (x, conv.weight, residual)
+    )
 
 
 @pytest.mark.parametrize("freeze_at", [0, 2, 5])
@@ -186,6 +232,41 @@ def test_a_dispatch_mode_counts_every_convolution() -> None:
     assert counter.get_total_flops() // 2 == pytest.approx(1.81e9, rel=0.01)
 
 
+@torch.no_grad()
+def test_a_replaced_forward_is_called() -> None:
+    model, called = build(norm="frozen_bn"), []
+    conv = model.get_submodule("layer1.0.conv1")
+    original = conv.forward
+    conv.forward = lambda x: called.append(1) or original(x)  # type: ignore[func-returns-value]
+    model(torch.randn(1, 3, 64, 64))
+    assert called == [1]
+
+
+def test_backward_hooks_on_a_norm_work() -> None:
+    model, seen = build(norm="frozen_bn"), []
+    model.get_submodule("layer2.0.bn1").register_full_backward_hook(lambda *_: seen.append(1))
+    model(torch.randn(1, 3, 64, 64))["c3"].sum().backward()
+    assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # inside torch's forward mode
+def test_forward_mode_derivatives_are_plain_pytorchs() -> None:
+    from torch.autograd import forward_ad
+
+    model, images = build(norm="frozen_bn", freeze_at=5), torch.randn(1, 3, 32, 32)
+    with forward_ad.dual_level():
+        features = model(forward_ad.make_dual(images, torch.ones_like(images)))  # type: ignore[no-untyped-call]
+        assert forward_ad.unpack_dual(features["c5"]).tangent is not None  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def test_a_stage_takes_foreign_blocks_and_slices() -> None:
+    model: Any = build("resnet18", norm="frozen_bn")
+    model.layer4[1] = nn.Identity()
+    model.layer3 = model.layer3[:1]
+    assert model(torch.randn(1, 3, 64, 64))["c5"].shape == (1, 512, 2, 2)
+
+
 def test_per_sample_gradients_by_vmap_work() -> None:
     conv, norm = conv_and_norm({"kernel_size": 1})
     x = torch.randn(3, 1, 16, 4, 4)
@@ -252,6 +333,7 @@ EVENTS: dict[str, Callable[[Backbone], Backbone]] = {
     "in-place on the weight": edit(lambda model: model.get_parameter("conv1.weight").mul_(2)),
     "in-place on statistics": edit(lambda model: model.get_buffer("layer1.0.bn2.running_var").mul_(2)),
     "in-place on one bias": edit(lambda model: model.get_parameter("bn1.bias")[3].add_(1)),
+    "channels through .data": edit(lambda model: model.get_parameter("layer2.0.conv2.weight").data[:, 7:40].mul_(3)),
     "through .data": edit(lambda model: model.get_parameter("layer2.0.conv3.weight").data.mul_(2)),
     "an EMA through .data": edit(lambda model: [p.data.mul_(0.5) for p in model.parameters()]),
     "a new .data": edit(lambda model: setattr(model.get_parameter("conv1.weight"), "data", torch.randn(64, 3, 7, 7))),

@@ -102,7 +102,7 @@ def test_the_swaps_keep_every_parameter_and_buffer_object() -> None:
 )
 def test_thawing_gives_back_what_was_frozen(norm: nn.BatchNorm2d) -> None:
     thawed = thaw_norms(freeze_norms(norm))
-    assert repr(thawed) == repr(norm)
+    assert thawed is norm
     assert all(parameter.requires_grad for parameter in thawed.parameters())
 
 
