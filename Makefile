@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo WEIGHTS=IMAGENET1K_V2
 WEIGHTS ?=
 
-.PHONY: demo test check format schema clean
+.PHONY: demo test check bench format schema clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
@@ -26,6 +26,19 @@ demo: $(VENV)/core.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/pytest --numprocesses auto --dist worksteal
+
+$(VENV)/bench.stamp: $(VENV)/core.stamp
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+# On the CPU, some minutes; for a GPU see README. Close other programs first.
+bench: $(VENV)/bench.stamp
+	$(BIN)/python tools/benchmark.py --image-size 480 640 --dtype float32 --dtype bfloat16 \
+		--json out/bench.json --picture out/bench_infer.png
+	$(BIN)/python tools/benchmark.py --workload train --image-size 512 512 --dtype float32 --dtype bfloat16 \
+		--peers torchvision,timm,detectron2 --json out/bench.json --picture out/bench_train.png
+	$(BIN)/python tools/benchmark.py --workload detector --image-size 480 640 --rounds 7 \
+		--peers torchvision --json out/bench.json --picture out/bench_detector.png
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
