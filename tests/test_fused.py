@@ -249,7 +249,7 @@ def test_backward_hooks_on_a_norm_work() -> None:
     assert seen == [1]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # inside torch's forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # inside torch's forward mode
 def test_forward_mode_derivatives_are_plain_pytorchs() -> None:
     from torch.autograd import forward_ad
 
