@@ -35,14 +35,13 @@ def _transforms() -> tuple[Tensor, Tensor, Tensor]:
 
 def suits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution gains by it: float32 on the CPU, 3x3, stride 1, many channels, an image of some size."""
-    tiles = x.shape[0] * (x.shape[2] // _TILE) * (x.shape[3] // _TILE)
     return (
         x.dtype == torch.float32
-        and has_onednn(x)
         and weight.shape[2:] == (3, 3)
         and min(weight.shape[:2]) >= _MIN_CHANNELS
         and geometry == Geometry((1, 1), (1, 1), (1, 1), 1)
-        and tiles >= _MIN_TILES
+        and x.shape[0] * (x.shape[2] // _TILE) * (x.shape[3] // _TILE) >= _MIN_TILES
+        and has_onednn(x)
     )
 
 
