@@ -70,7 +70,7 @@ def describe_command(
         is_file = Path(backbone).suffix in (".yaml", ".yml")
         config = load_config(backbone) if is_file else BackboneConfig(name=backbone)
         with torch.device("meta"):  # shapes and counts only: no memory, no weights
-            model = _build(config.model_copy(update={"weights": None}))
+            model = _build(config.model_copy(update={"weights": None}), backbone if is_file else None)
         description = describe(model, image_size, in_channels=config.in_channels)
     _print_description(config.name, image_size, description)
 
@@ -94,7 +94,7 @@ def extract_command(
         target = _device(device)
         torch.manual_seed(0)  # without weights, the same random network each time
         with redirect_stdout(sys.stderr):  # stdout is for the paths written; torch.hub tells of downloads there
-            model = _build(settings).to(target).eval()
+            model = _build(settings, config).to(target).eval()
         _make_writable(out)
         if settings.weights is None:
             errors.print("[yellow]note[/]: random weights (seed 0); for meaning, add --weights IMAGENET1K_V2")
@@ -128,10 +128,13 @@ def _settings(config: Path | None, name: str | None, weights: str | None) -> Bac
     return settings
 
 
-def _build(settings: BackboneConfig) -> Backbone:
+def _build(settings: BackboneConfig, recipe: str | Path | None) -> Backbone:
     with warnings.catch_warnings():  # nothing trains here, so nothing is lost by freezing it at random
         warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        return build_backbone(settings)
+        try:
+            return build_backbone(settings)
+        except ValueError as error:
+            raise ValueError(f"{recipe}: {error}" if recipe else str(error)) from None
 
 
 def _device(device: Device) -> torch.device:

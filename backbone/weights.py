@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -90,10 +91,16 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
 
 def _unreadable(error: Exception, source: str, remedy: str) -> ValueError:
     """Explain why a checkpoint could not be read."""
-    reason = "cannot be read as a checkpoint, it may be truncated"
-    if isinstance(error, pickle.UnpicklingError):
-        reason = "not a plain checkpoint of tensors; it was refused without running anything it carries"
-    return ValueError(f"{source}: {reason}; {remedy}. ({_first_line(error)})")
+    if not isinstance(error, pickle.UnpicklingError):
+        return ValueError(
+            f"{source}: cannot be read as a checkpoint, it may be truncated; {remedy}. ({_first_line(error)})"
+        )
+    found = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to run the code
+    example = f", such as {found[1]}" if found else ""
+    return ValueError(
+        f"{source}: not a plain checkpoint of tensors; it was refused without running anything it carries{example}; "
+        f"{remedy}"
+    )
 
 
 def _bare_state_dict(state: object, source: str) -> Mapping[str, Tensor]:

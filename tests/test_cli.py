@@ -661,3 +661,11 @@ def test_folder_without_photos_is_refused_by_name(tmp_path: Path) -> None:
 def test_photo_named_twice_is_extracted_once(tmp_path: Path) -> None:
     photo(tmp_path / "a.png")
     assert find_images([tmp_path, tmp_path / "a.png"]) == [tmp_path / "a.png"]
+
+
+def test_a_setting_that_the_network_cannot_honour_names_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: resnet18\nstride_in_1x1: true\nnorm: bn\n")
+    result = CliRunner().invoke(app, ["describe", str(recipe)])
+    assert result.exit_code == 2
+    assert f"{recipe}: stride_in_1x1 must be false" in result.stderr
