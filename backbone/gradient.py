@@ -69,8 +69,8 @@ class _FoldedLayers(torch.autograd.Function):
     """Convolutions with frozen norms, a shortcut and ReLUs, saving no folded weight and no extra activation.
 
     Scales and shifts are constants. What is saved is each convolution's input and the output (for the ReLU's mask; the
-    next node saves it as its input anyway), the raw weights and the scales. Where a second derivative may
-    follow (``create_graph=True``), backward goes through plain PyTorch.
+    next node saves it as its input anyway), the raw weights, scales and shifts. Where a second derivative may follow
+    (``create_graph=True``), backward goes through plain PyTorch.
     """
 
     @staticmethod

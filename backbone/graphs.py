@@ -1,7 +1,8 @@
 """One CUDA graph per image shape: no launch overhead, which is most of the time at small batches."""
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class GraphedExtractor(nn.Module):
     ``feature_specs``, is found here too.
 
     Args:
-        extractor: Backbone, or backbone with pyramid: images (N, C, H, W) -> dict of feature maps. Its weights must
-            not change.
+        extractor: Backbone, or backbone with pyramid: images (N, C, H, W) -> dict of feature maps. Loading a state
+            dict here and moving it capture anew; any other change of its weights must not happen.
         max_shapes: Number of image shapes whose graphs are kept; the one used longest ago goes first.
     """
 
@@ -60,6 +61,14 @@ class GraphedExtractor(nn.Module):
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             features = self.extractor(images)
         return _Graph(graph, images, features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._graphs.clear()  # they hold the addresses of the old weights
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        self._graphs.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         try:

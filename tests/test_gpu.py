@@ -127,6 +127,15 @@ def test_graphs_of_several_shapes_give_the_same_features_again_and_again() -> No
         assert all(torch.equal(actual[level], expected[level]) for level in expected)
 
 
+@torch.no_grad()
+def test_graphs_see_a_newly_loaded_state() -> None:
+    graphed, other = (optimize_for_inference(pair("resnet18")[1], cuda_graphs=True) for _ in range(2))
+    images = torch.randn(1, 3, 64, 64, device="cuda")
+    graphed(images)
+    graphed.load_state_dict(other.state_dict())
+    assert relative_error(graphed(images)["c5"], other(images)["c5"]) <= 1e-5
+
+
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (1, 2)])
 @pytest.mark.parametrize("in_channels", [1, 3, 4])
 @torch.no_grad()
