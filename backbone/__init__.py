@@ -12,7 +12,7 @@ from backbone.builder import build_backbone
 from backbone.config import BackboneConfig, load_config
 from backbone.deploy import optimize_for_inference
 from backbone.features import Backbone, Features, FeatureSpec, Preprocessing
-from backbone.freeze import StageReport, freeze_report, freeze_stages
+from backbone.freeze import FreezeSchedule, StageReport, freeze_report, freeze_stages
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, thaw_norms
 from backbone.registry import UnknownBackboneError, list_backbones, register_backbone
 from backbone.weights import load_weights
@@ -22,6 +22,7 @@ __all__ = [
     "BackboneConfig",
     "FeatureSpec",
     "Features",
+    "FreezeSchedule",
     "FrozenBatchNorm2d",
     "Preprocessing",
     "StageReport",

@@ -74,6 +74,18 @@ class Backbone(nn.Module):
             if name in self.stage_modules
         }
 
+    def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
+        """Return the weights that this network's own library publishes under ``name``; None if it publishes none.
+
+        Returns:
+            A state dict in this network's parameter names, parts in ``unbuilt_prefixes`` allowed, and what the
+            weights expect of an image.
+
+        Raises:
+            ValueError: If the library publishes weights for this network, but not under that name.
+        """
+        return None
+
     @property
     def size_divisibility(self) -> int:
         """Image sizes, in pixels, that are multiples of this lose nothing to rounding. Any size works."""

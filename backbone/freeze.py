@@ -1,5 +1,6 @@
 """Freezing stages for transfer learning, so that it holds, shows and can be undone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,8 +29,7 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
         ValueError: If ``freeze_at`` is not an integer from 0 to 5, or a frozen stage has a batch norm that
             cannot be frozen.
     """
-    if type(freeze_at) is not int or not 0 <= freeze_at <= len(STAGE_NAMES):
-        raise ValueError(f"freeze_at must be 0 to 5 (stages counted from the stem), got {freeze_at!r}")
+    _require_freeze_at(freeze_at)
     for stage, paths in backbone.stage_modules.items():
         for path in paths if STAGE_NAMES.index(stage) < freeze_at else ():
             require_freezable(backbone.get_submodule(path), path)  # all before the first is touched
@@ -41,6 +41,58 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
             if swapped is not module:
                 backbone.set_submodule(path, swapped)
             _set_trainable(swapped, not freeze)
+
+
+def _require_freeze_at(freeze_at: int) -> None:
+    if type(freeze_at) is not int or not 0 <= freeze_at <= len(STAGE_NAMES):
+        raise ValueError(f"freeze_at must be 0 to 5 (stages counted from the stem), got {freeze_at!r}")
+
+
+class FreezeSchedule:
+    """How many stages are frozen in each epoch: ``FreezeSchedule({0: 2, 5: 0})`` thaws all from epoch 5 on.
+
+    It holds no state: what is frozen follows from the epoch alone, so that a resumed run stands where the
+    interrupted one stood. An optimizer over all parameters, frozen ones included, stays valid throughout: a frozen
+    parameter has no gradient and is passed over, a thawed one continues with the state it had. Under
+    DistributedDataParallel wrap the model anew whenever ``apply`` returns True, for DDP notes at the start which
+    parameters will have gradients.
+
+    Args:
+        freeze_at_by_epoch: First epoch of each period, counted from 0, to ``freeze_at`` as in ``freeze_stages``.
+            It must say what holds from epoch 0 on.
+
+    Raises:
+        ValueError: If epoch 0 is not there, an epoch is negative or no integer, or a value is not 0 to 5.
+    """
+
+    def __init__(self, freeze_at_by_epoch: Mapping[int, int]) -> None:
+        for epoch, freeze_at in freeze_at_by_epoch.items():
+            if type(epoch) is not int or epoch < 0:
+                raise ValueError(f"a schedule's epochs must be integers from 0, got {epoch!r}")
+            _require_freeze_at(freeze_at)
+        if 0 not in freeze_at_by_epoch:
+            raise ValueError(
+                f"a schedule must say what is frozen from epoch 0 on, got epochs {sorted(freeze_at_by_epoch)}; "
+                f"add epoch 0"
+            )
+        self._periods = sorted(freeze_at_by_epoch.items())
+
+    def freeze_at(self, epoch: int) -> int:
+        """Return the number of frozen stages in ``epoch``, counted from 0."""
+        return [freeze_at for start, freeze_at in self._periods if start <= epoch][-1]
+
+    def apply(self, backbone: Backbone, epoch: int) -> bool:
+        """Freeze and thaw ``backbone`` as ``epoch`` wants it; return whether that changed what trains."""
+        before = _trainable_names(backbone)
+        freeze_stages(backbone, self.freeze_at(epoch))
+        return _trainable_names(backbone) != before
+
+    def __repr__(self) -> str:
+        return f"FreezeSchedule({dict(self._periods)})"
+
+
+def _trainable_names(backbone: Backbone) -> set[str]:
+    return {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
 
 
 def _set_trainable(module: nn.Module, trainable: bool) -> None:

@@ -37,7 +37,7 @@ def load_weights(backbone: Backbone, source: str | os.PathLike[str], *, name: st
     if Path(source).suffix in CHECKPOINT_SUFFIXES:
         state, preprocessing = _read_file(Path(source)), Preprocessing()
     else:
-        state, preprocessing = _download(name, str(source))
+        state, preprocessing = backbone.named_weights(str(source)) or _download(name, str(source))
     _load_strictly(backbone, state, str(source))
     backbone.preprocessing = preprocessing
 

@@ -9,7 +9,15 @@ import torch
 from conftest import build
 from torch import nn
 
-from backbone import Backbone, BackboneConfig, FrozenBatchNorm2d, build_backbone, freeze_report, freeze_stages
+from backbone import (
+    Backbone,
+    BackboneConfig,
+    FreezeSchedule,
+    FrozenBatchNorm2d,
+    build_backbone,
+    freeze_report,
+    freeze_stages,
+)
 from backbone.stages import STAGE_NAMES
 
 INVALID_FREEZE_AT = (-1, 6, True, 2.0, "2", None)
@@ -183,3 +191,47 @@ def test_frozen_norms_at_random_weights_warn_once_with_the_remedy(freeze_at: int
 def test_frozen_stages_at_random_weights_warn() -> None:
     with pytest.warns(UserWarning, match="the first 2 stages are frozen at random weights"):
         build_backbone(BackboneConfig(name="resnet18", norm="bn", freeze_at=2))
+
+
+SCHEDULE = FreezeSchedule({0: 3, 2: 1, 5: 0})
+
+
+@pytest.mark.parametrize(("epoch", "frozen"), [(0, 3), (1, 3), (2, 1), (4, 1), (5, 0), (90, 0)])
+def test_schedule_says_what_is_frozen_in_each_epoch(epoch: int, frozen: int) -> None:
+    assert SCHEDULE.freeze_at(epoch) == frozen
+
+
+def test_schedule_tells_when_something_changed() -> None:
+    model = build()
+    assert [SCHEDULE.apply(model, epoch) for epoch in range(6)] == [True, False, True, False, False, True]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_optimizer_state_outlives_a_schedule_that_freezes_and_thaws() -> None:
+    model = build()
+    schedule, optimizer = FreezeSchedule({0: 0, 1: 3, 2: 0}), torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    weight = model.get_parameter("layer1.0.conv1.weight")
+    for epoch in range(3):
+        schedule.apply(model, epoch)
+        before = weight.detach().clone()
+        momentum = optimizer.state[weight].get("momentum_buffer")
+        sum(feature.square().mean() for feature in model(torch.randn(2, 3, 64, 64)).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(before, weight) == (epoch == 1)
+        assert momentum is None or optimizer.state[weight]["momentum_buffer"] is momentum
+
+
+@pytest.mark.parametrize(
+    ("periods", "rule"),
+    [
+        ({}, "epoch 0"),
+        ({1: 2}, "epoch 0"),
+        ({0: 6}, "0 to 5"),
+        ({0: 2, -1: 0}, "integers from 0"),
+        ({0: 2, "5": 0}, "integers from 0"),
+    ],
+)
+def test_impossible_schedule_is_refused(periods: dict[int, int], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        FreezeSchedule(periods)
