@@ -38,7 +38,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {best!r}?"
 
 
-def _rule(text: str) -> WrapValidator:
+def rule(text: str) -> WrapValidator:
     """State the rule in the field's own words, with the value received, in place of pydantic's message."""
 
     def check(value: object, validate: ValidatorFunctionWrapHandler) -> object:
@@ -73,53 +73,53 @@ class BackboneConfig(StrictModel):
         pydantic.ValidationError: (a ValueError) for an unknown key, a wrong type or an impossible combination.
     """
 
-    name: Annotated[str, Field(min_length=1), _rule("must be a backbone's name, such as resnet50")] = Field(
+    name: Annotated[str, Field(min_length=1), rule("must be a backbone's name, such as resnet50")] = Field(
         description="Registered name; `backbone list` shows them all."
     )
     weights: Annotated[
         str | None,
         BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
-        _rule("must be null, a torchvision weights name such as IMAGENET1K_V2, or a .pth or .safetensors path"),
+        rule("must be null, a torchvision weights name such as IMAGENET1K_V2, or a .pth or .safetensors path"),
     ] = Field(default=None, description="torchvision weights name (IMAGENET1K_V1, IMAGENET1K_V2) or a checkpoint path.")
-    norm: Annotated[NormName, _rule("must be frozen_bn, bn, sync_bn or gn")] = Field(
+    norm: Annotated[NormName, rule("must be frozen_bn, bn, sync_bn or gn")] = Field(
         default="frozen_bn", description="Norm layers. frozen_bn never trains; the others do, outside frozen stages."
     )
     freeze_at: Annotated[
-        int, Field(ge=0, le=5), _rule("must be 0 to 5 (stages counted from the stem; 0 freezes nothing)")
+        int, Field(ge=0, le=5), rule("must be 0 to 5 (stages counted from the stem; 0 freezes nothing)")
     ] = Field(default=0, description="Freeze the first n of stem, C2, C3, C4, C5 (detectron2's FREEZE_AT).")
     output_stride: Annotated[
         Literal[32, 16, 8],
         BeforeValidator(lambda value: value if type(value) is int else None),  # Literal would take 16.0 for 16
-        _rule("must be 32, 16 or 8 (image pixels)"),
+        rule("must be 32, 16 or 8 (image pixels)"),
     ] = Field(default=32, description="Largest stride; stages beyond it dilate instead.")
-    dilate_first_block: Annotated[bool, _rule("must be true or false")] = Field(
+    dilate_first_block: Annotated[bool, rule("must be true or false")] = Field(
         default=False,
         description="Dilation of the first block in a dilated stage: false keeps the previous one (torchvision, "
         "timm), true takes the new one (detectron2, mmdetection, SMP).",
     )
-    stride_in_1x1: Annotated[bool, _rule("must be true or false")] = Field(
+    stride_in_1x1: Annotated[bool, rule("must be true or false")] = Field(
         default=False,
         description="Bottleneck stride in the first 1x1 (v1: the paper's, MSRA/Caffe2 weights) instead of the "
         "3x3 (v1.5: torchvision's weights).",
     )
-    in_channels: Annotated[int, Field(ge=1), _rule("must be an integer of at least 1")] = Field(
+    in_channels: Annotated[int, Field(ge=1), rule("must be an integer of at least 1")] = Field(
         default=3, description="Channels of the input images."
     )
     out_features: Annotated[
         tuple[FeatureName, ...],
         Field(min_length=1, strict=False),
-        _rule("must be a list of one or more of c2, c3, c4, c5"),
+        rule("must be a list of one or more of c2, c3, c4, c5"),
     ] = Field(default=("c2", "c3", "c4", "c5"), description="Feature maps to return; later stages are not built.")
     num_classes: Annotated[
-        int | None, Field(ge=1), _rule("must be null or an integer of at least 1 (classes of the classifier)")
+        int | None, Field(ge=1), rule("must be null or an integer of at least 1 (classes of the classifier)")
     ] = Field(default=None, description="Adds the ImageNet classifier and `logits` to the outputs.")
-    zero_init_residual: Annotated[bool, _rule("must be true or false")] = Field(
+    zero_init_residual: Annotated[bool, rule("must be true or false")] = Field(
         default=False,
         description="Start the last norm of every block at zero, so that a block starts as the identity "
         "(arXiv:1706.02677). Useful with trained norms only.",
     )
     checkpoint_stages: Annotated[
-        tuple[FeatureName, ...], Field(strict=False), _rule("must be a list of c2, c3, c4, c5")
+        tuple[FeatureName, ...], Field(strict=False), rule("must be a list of c2, c3, c4, c5")
     ] = Field(default=(), description="Stages that recompute their activations in backward to save memory.")
 
     @model_validator(mode="after")
@@ -201,8 +201,9 @@ def explain(error: ValidationError) -> list[str]:
     return lines
 
 
-def json_schema() -> str:
-    """Return the JSON schema of a backbone recipe, for editors that check YAML while it is typed."""
-    schema = BackboneConfig.model_json_schema()
-    schema["description"] = schema["description"].splitlines()[0]
+def json_schema(settings: type[StrictModel] = BackboneConfig) -> str:
+    """Return the JSON schema of a recipe, a backbone's by default, for editors that check YAML while it is typed."""
+    schema = settings.model_json_schema()
+    for part in (schema, *schema.get("$defs", {}).values()):
+        part["description"] = part["description"].splitlines()[0]
     return json.dumps(schema, indent=2) + "\n"

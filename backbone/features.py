@@ -74,6 +74,15 @@ class Backbone(nn.Module):
             if name in self.stage_modules
         }
 
+    def adopt(self, name: str, backbone: "Backbone") -> None:
+        """Hold ``backbone`` as the sub-module ``name``, and take over its stages and what its weights expect."""
+        self.add_module(name, backbone)
+        self.preprocessing = backbone.preprocessing
+        self.stage_modules = {
+            stage: tuple(f"{name}.{path}" for path in paths) for stage, paths in backbone.stage_modules.items()
+        }
+        self.unbuilt_prefixes = tuple(f"{name}.{prefix}" for prefix in backbone.unbuilt_prefixes)
+
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
         """Return the weights that this network's own library publishes under ``name``; None if it publishes none.
 

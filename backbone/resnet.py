@@ -123,7 +123,7 @@ class ResNet(Backbone):
         self.conv1 = nn.Conv2d(in_channels, STEM_CHANNELS, 7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(STEM_CHANNELS)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.stage_modules = {"stem": ("conv1", "bn1", "maxpool")}
+        self.stage_modules: dict[str, tuple[str, ...]] = {"stem": ("conv1", "bn1", "maxpool")}
         plans = plan_stages(output_stride, dilate_first_block=dilate_first_block)
         last = len(plans) if num_classes is not None else max(map(STAGE_NAMES.index, out_features))
         channels = STEM_CHANNELS
@@ -160,6 +160,15 @@ class ResNet(Backbone):
         if self.fc is not None:
             features["logits"] = self.fc(x.mean((2, 3)))
         return features
+
+    def split_off_c5(self) -> nn.Module:
+        """Take C5 out of this network and return it, (N, C4 channels, H, W) -> (N, C5 channels, H / 2, W / 2)."""
+        (path,) = self.stage_modules.pop("c5")
+        self.feature_specs.pop("c5", None)
+        self.unbuilt_prefixes = (f"{path}.", *self.unbuilt_prefixes)
+        stage = self.get_submodule(path)
+        delattr(self, path)
+        return stage
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():

@@ -1,0 +1,1 @@
+"""Adapters to detector libraries: only a host file imports its library."""
