@@ -37,7 +37,7 @@ def _regular(corners: int, radius: float = 1.0) -> Outline:
 def _heart() -> Outline:
     t = 2 * np.pi * np.arange(48) / 48
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 17
+    return np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 18.2
 
 
 def _crescent() -> Outline:
@@ -64,7 +64,7 @@ SHAPES: Final[dict[str, Outline]] = {
     "crescent": _crescent(),
     "arrow": np.array(_ARROW),
     "bar": np.array(_BAR),
-    "semicircle": np.stack([np.cos(_HALF), np.sin(_HALF) - 0.4], axis=1),
+    "semicircle": np.stack([np.cos(_HALF), np.sin(_HALF) - 0.4], axis=1) / 1.08,
 }
 NO_HOLE: Final[Outline] = np.empty((0, 2))
 HOLES: Final = {"ring": _regular(64, radius=0.5)}
