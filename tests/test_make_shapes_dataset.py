@@ -56,6 +56,11 @@ def make(tool: Any, out: Path, **settings: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
+def drawing(tool: Any) -> Any:
+    return importlib.import_module("shapes_drawing")
+
+
+@pytest.fixture(scope="module")
 def dataset(tool: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shapes") / "set"
     return make(tool, out, num_train=NUM_TRAIN, num_val=NUM_VAL, shapes=list(tool.SHAPES))
@@ -157,11 +162,22 @@ def test_polygons_are_filled_to_exactly_the_mask(tool: Any, filled: float) -> No
         np.testing.assert_array_equal(coco_mask.decode(encoded), mask)
 
 
-def test_no_box_is_degenerate_or_beyond_the_image(annotations: list[dict[str, Any]]) -> None:
+def test_pixels_that_touch_at_a_corner_are_two_polygons(tool: Any) -> None:
+    upper, lower = [1.0, 0, 1, 1, 0, 1, 0, 0], [2.0, 1, 2, 2, 1, 2, 1, 1]
+    assert tool.segmentation_of(np.eye(2, dtype=bool)) == [upper, lower]
+
+
+def test_no_box_is_beyond_the_image(annotations: list[dict[str, Any]]) -> None:
     x, y, width, height = np.array([annotation["bbox"] for annotation in annotations]).T
-    assert min(width.min(), height.min()) >= 3
     assert min(x.min(), y.min()) >= 0
     assert max((x + width).max() - SIZE[1], (y + height).max() - SIZE[0]) <= 0
+
+
+def test_no_box_is_degenerate(tool: Any, drawing: Any) -> None:
+    """In the smallest images, with the smallest objects."""
+    for seed in range(100):
+        _, objects = drawing.draw_scene(np.random.default_rng(seed), (32, 32), list(tool.SHAPES), 6, (0.19, 0.3))
+        assert min(min(tool.describe(each)["bbox"][2:]) for each in objects) >= 3
 
 
 def test_every_image_has_an_object(coco: COCO) -> None:
@@ -174,15 +190,18 @@ def test_sizes_vary_over_most_of_eight_to_one(annotations: list[dict[str, Any]])
     assert np.percentile(sides, 90) / np.percentile(sides, 10) > 3
 
 
-def test_objects_overlap_and_hide_one_another(coco: COCO, annotations: list[dict[str, Any]]) -> None:
+def test_objects_hide_one_another(annotations: list[dict[str, Any]]) -> None:
     visibilities = np.array([annotation["keypoints"][2::3] for annotation in annotations])
-    assert (visibilities == 1).any(axis=1).mean() > 0.1
+    assert (visibilities == 1).any(axis=1).mean() > 0.15
+
+
+def test_boxes_overlap(coco: COCO) -> None:
     crossing = 0
     for image_id in coco.getImgIds():
         boxes = np.array([annotation["bbox"] for annotation in coco.imgToAnns[image_id]])
         overlaps = coco_mask.iou(boxes, boxes, [0] * len(boxes))
         crossing += bool((overlaps - np.eye(len(boxes)) > 0.05).any())
-    assert crossing > 0.25 * NUM_TRAIN
+    assert crossing > 0.35 * NUM_TRAIN
 
 
 def test_visible_keypoints_are_on_the_mask_and_hidden_ones_are_not(
@@ -229,17 +248,14 @@ def test_torchvision_reads_boxes_masks_and_labels(dataset: Path, coco: COCO) -> 
         assert target["masks"].sum((1, 2)).tolist() == areas
 
 
-def test_paint_changes_the_pixels_of_the_mask_and_their_seam(tool: Any) -> None:
-    drawing = importlib.import_module("shapes_drawing")
+def test_paint_changes_the_pixels_of_the_mask_and_their_seam(drawing: Any) -> None:
     rng = np.random.default_rng(0)
     for name, outline in drawing.SHAPES.items():
         before = drawing.texture(rng, SIZE, np.full(3, 128.0), contrast=20)
         stamp = drawing.rasterise(outline, drawing.HOLES.get(name, drawing.NO_HOLE), np.array([20.0, 60.0]), 25.0, 0.4)
         painted = before.copy()
         drawing.paint(rng, painted, stamp)
-        mask = np.zeros(SIZE, bool)
-        image_part, stamp_part = stamp.clip(SIZE)
-        mask[image_part] = stamp.mask[stamp_part]
+        mask = stamp.mask_in(SIZE)
         changed = (painted != before).any(axis=2)
         assert changed[mask].all(), name
         assert not (changed & ~grown(mask)).any(), name
@@ -255,17 +271,44 @@ def grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return result
 
 
-def test_objects_stand_out_from_what_surrounds_them(
-    coco: COCO, dataset: Path, annotations: list[dict[str, Any]]
-) -> None:
-    differences = []
-    for annotation in annotations:
-        name = coco.imgs[annotation["image_id"]]["file_name"]
-        picture = np.asarray(Image.open(dataset / "train" / name)).astype(float)
-        mask = coco.annToMask(annotation).astype(bool)
-        around = grown(grown(grown(mask))) & ~grown(mask)
-        differences.append(np.linalg.norm(picture[mask].mean(0) - picture[around].mean(0)))
-    assert np.percentile(differences, 5) > 40
+def test_masks_and_picture_agree_on_who_is_in_front(tool: Any, drawing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no texture an object has one colour, but for its seam and the faint tips of what covers it."""
+    monkeypatch.setattr(drawing, "texture", flat)
+    pixels: list[bool] = []
+    for seed in range(20):
+        picture, objects = drawing.draw_scene(np.random.default_rng(seed), SIZE, list(tool.SHAPES), 6, (0.1, 0.8))
+        for each in objects:
+            inner = picture[~grown(~each.mask)]
+            pixels.extend((inner == np.median(inner, axis=0)).all(axis=1) if len(inner) else [])
+    assert len(pixels) > 10_000
+    assert np.mean(pixels) > 0.999
+
+
+def flat(_: Any, size: tuple[int, int], colour: NDArray[np.float64], contrast: float) -> NDArray[np.float32]:
+    return np.full((*size, 3), colour, np.float32)
+
+
+def test_objects_that_are_mostly_hidden_are_left_out(tool: Any, drawing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+
+    def record(stamp: Any, visible: NDArray[np.bool_]) -> list[Any]:
+        shares.append(visible.sum() / stamp.mask.sum())
+        return []
+
+    monkeypatch.setattr(drawing, "find_keypoints", record)
+    for seed in range(30):
+        drawing.draw_scene(np.random.default_rng(seed), SIZE, list(tool.SHAPES), 6, (0.1, 0.8))
+    assert 0.35 <= min(shares) < 0.5
+
+
+def test_colours_stand_out_from_what_they_cover(drawing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "texture", flat)
+    rng = np.random.default_rng(0)
+    stamp = drawing.rasterise(drawing.SHAPES["circle"], drawing.NO_HOLE, np.array([20.0, 60.0]), 10.0, 0.0)
+    for _ in range(50):
+        picture = drawing.texture(rng, SIZE, np.full(3, 128.0), contrast=0)
+        drawing.paint(rng, picture, stamp)
+        assert np.linalg.norm(picture[20, 60] - 128.0) >= 90
 
 
 def test_every_shape_fills_the_unit_circle_and_no_more(tool: Any) -> None:

@@ -75,8 +75,7 @@ def make_shapes_dataset(
     _clear(root, overwrite)
     annotations = {}
     for number, (split, count) in enumerate(zip(SPLITS, (num_train, num_val), strict=True)):
-        images: list[dict[str, Any]] = []
-        objects: list[dict[str, Any]] = []
+        images, objects = [], []
         for index in track(range(count), split, console=console, transient=True, disable=not console.is_terminal):
             rng = np.random.default_rng([seed, number, index])
             picture, found = draw_scene(rng, image_size, shapes, max_objects, (min_scale, max_scale))
@@ -86,13 +85,9 @@ def make_shapes_dataset(
             for each in found:
                 ids = {"id": len(objects) + 1, "image_id": index + 1, "category_id": shapes.index(each.shape) + 1}
                 objects.append({**ids, **describe(each)})
-        annotations[split] = {
-            "info": {"description": f"Textured shapes, {split} split", "version": "1.0", "seed": seed},
-            "licenses": [],
-            "images": images,
-            "annotations": objects,
-            "categories": list(_categories(shapes)),
-        }
+        info = {"description": f"Textured shapes, {split} split", "version": "1.0", "seed": seed}
+        contents = {"images": images, "annotations": objects, "categories": list(_categories(shapes))}
+        annotations[split] = {"info": info, "licenses": [], **contents}
     _write_last(root / "annotations", annotations)
 
 

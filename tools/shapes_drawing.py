@@ -85,6 +85,13 @@ class Stamp:
         """The pixels (h, w) that are the shape's."""
         return self.coverage >= 0.5
 
+    def mask_in(self, size: tuple[int, int]) -> Mask:
+        """Return the pixels that are the shape's in an image of ``size``."""
+        image_part, stamp_part = self.clip(size)
+        mask = np.zeros(size, bool)
+        mask[image_part] = self.mask[stamp_part]
+        return mask
+
     def clip(self, size: tuple[int, int]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """Return where an image of ``size`` and this stamp meet: the part of the image, and that of the stamp."""
         bottom, right = self.top + self.coverage.shape[0], self.left + self.coverage.shape[1]
@@ -126,13 +133,11 @@ def draw_scene(
     while waiting or not objects:
         kind = waiting.pop() if waiting else str(rng.choice(shapes))
         stamp = place(rng, kind, size, scales, stamps)
-        image_part, stamp_part = stamp.clip(size)
-        whole = np.zeros(size, bool)
-        whole[image_part] = stamp.mask[stamp_part]
+        whole = stamp.mask_in(size)
+        visible = whole & ~hidden
+        if kind in SHAPES and not _recognisable(visible, stamp):
+            continue
         if kind in SHAPES:
-            visible = whole & ~hidden
-            if not _recognisable(visible, stamp):
-                continue
             objects.append(ShapeObject(kind, visible, find_keypoints(stamp, visible)))
         hidden |= whole
         stamps.append(stamp)
