@@ -75,7 +75,8 @@ def make_shapes_dataset(
     _clear(root, overwrite)
     annotations = {}
     for number, (split, count) in enumerate(zip(SPLITS, (num_train, num_val), strict=True)):
-        images, objects = [], []
+        images: list[dict[str, Any]] = []
+        objects: list[dict[str, Any]] = []
         for index in track(range(count), split, console=console, transient=True, disable=not console.is_terminal):
             rng = np.random.default_rng([seed, number, index])
             picture, found = draw_scene(rng, image_size, shapes, max_objects, (min_scale, max_scale))
