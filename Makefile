@@ -51,6 +51,8 @@ format: $(VENV)/test.stamp
 
 schema: $(VENV)/core.stamp
 	$(BIN)/python -c 'from backbone.config import json_schema; print(json_schema(), end="")' > configs/schema.json
+	$(BIN)/python -c 'from backbone.config import json_schema as s; from backbone.recipe import DetectorConfig; \
+		print(s(DetectorConfig), end="")' > configs/detectors/schema.json
 
 clean:
 	rm -rf $(VENV) out build *.egg-info
