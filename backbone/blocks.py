@@ -1,11 +1,15 @@
 """The two residual blocks of the ResNet family (arXiv:1512.03385, figure 5), under torchvision's names."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
 from backbone.fused import conv_norm_act, residual_block
 from backbone.norm import NormLayer
+
+Conv3x3: TypeAlias = Callable[[int, int, int, int, int], nn.Module]
+"""Constructor of a 3x3 convolution: in_channels, out_channels, stride, dilation, groups."""
 
 
 class BasicBlock(nn.Module):
@@ -20,7 +24,6 @@ class BasicBlock(nn.Module):
         norm: Constructor of the norm layers.
     """
 
-    expansion: ClassVar[int] = 1
     conv_norm_pairs: ClassVar = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(
@@ -59,9 +62,9 @@ class Bottleneck(nn.Module):
         groups: Groups of the 3x3 convolution (ResNeXt's cardinality, arXiv:1611.05431).
         stride_in_1x1: Whether the first 1x1 strides (v1) rather than the 3x3 (v1.5).
         norm: Constructor of the norm layers.
+        make_conv3x3: Constructor of the 3x3 convolution; ``conv3x3`` where None.
     """
 
-    expansion: ClassVar[int] = 4
     conv_norm_pairs: ClassVar = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(
@@ -74,12 +77,13 @@ class Bottleneck(nn.Module):
         groups: int,
         stride_in_1x1: bool,
         norm: NormLayer,
+        make_conv3x3: Conv3x3 | None = None,
     ) -> None:
         super().__init__()
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, width, 1, stride_1x1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = conv3x3(width, width, stride_3x3, dilation, groups)
+        self.conv2 = (make_conv3x3 or conv3x3)(width, width, stride_3x3, dilation, groups)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)

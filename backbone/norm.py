@@ -89,8 +89,13 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def norm_layer(name: NormName) -> NormLayer:
-    """Return the constructor (number of channels -> module) of the norm called ``name`` in a config."""
+def norm_layer(name: NormName | NormLayer) -> NormLayer:
+    """Return the constructor (number of channels -> module) of the norm called ``name`` in a config.
+
+    A constructor is returned as it is: a detector library may bring norms of its own.
+    """
+    if not isinstance(name, str):
+        return name
     layers: dict[NormName, NormLayer] = {
         "frozen_bn": FrozenBatchNorm2d,
         "bn": nn.BatchNorm2d,

@@ -1,15 +1,17 @@
 """The ResNet family: a stem and four planned stages, C2 to C5."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import DeformConv2d
 
-from backbone.blocks import BasicBlock, Bottleneck
+from backbone.blocks import BasicBlock, Bottleneck, Conv3x3
 from backbone.config import BackboneConfig, NormName
 from backbone.features import Backbone, Features, FeatureSpec
 from backbone.fused import conv_norm_act, is_watched
@@ -17,23 +19,32 @@ from backbone.norm import NormLayer, norm_layer
 from backbone.registry import register_backbone
 from backbone.stages import STAGE_NAMES, StagePlan, plan_stages
 
-STEM_CHANNELS: Final = 64
-
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One row of the family's depth table: blocks per stage, groups, and channels per group in C2."""
+    """One row of the family's depth table. Channels double from stage to stage.
+
+    Attributes:
+        block: The residual block.
+        depths: Blocks of C2 to C5.
+        c2_channels: Channels of C2.
+        groups: Groups of a bottleneck's 3x3 convolutions.
+        width_per_group: Channels per group of C2's 3x3 convolutions, in bottlenecks.
+        stem_channels: Channels of the stem.
+    """
 
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, int, int, int]
+    c2_channels: int = 256
     groups: int = 1
     width_per_group: int = 64
+    stem_channels: int = 64
 
 
 FAMILY: Final = {
     # Deep Residual Learning, arXiv:1512.03385, table 1.
-    "resnet18": Variant(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": Variant(BasicBlock, (3, 4, 6, 3)),
+    "resnet18": Variant(BasicBlock, (2, 2, 2, 2), c2_channels=64),
+    "resnet34": Variant(BasicBlock, (3, 4, 6, 3), c2_channels=64),
     "resnet50": Variant(Bottleneck, (3, 4, 6, 3)),
     "resnet101": Variant(Bottleneck, (3, 4, 23, 3)),
     "resnet152": Variant(Bottleneck, (3, 8, 36, 3)),
@@ -82,7 +93,7 @@ class ResNet(Backbone):
     Args:
         variant: Row of the depth table.
         in_channels: Channels of the images.
-        norm: Norm layers.
+        norm: Norm layers, by name or as a constructor (number of channels -> module).
         output_stride: Largest stride, in image pixels: 32, 16 or 8.
         dilate_first_block: Dilation convention, see ``plan_stages``.
         stride_in_1x1: Bottleneck stride in the first 1x1 (v1) instead of the 3x3 (v1.5).
@@ -90,6 +101,8 @@ class ResNet(Backbone):
         num_classes: Classes of the ImageNet classifier, whose ``logits`` (N, num_classes) join the outputs.
         zero_init_residual: Whether the last norm of each block starts at zero.
         checkpoint_stages: Stages that recompute their activations in backward.
+        conv3x3_by_stage: For stages of bottlenecks whose 3x3 convolutions are of another kind, ``c2`` to ``c5``:
+            their constructor.
 
     Raises:
         ValueError: If a setting cannot be honoured: an ``output_stride`` out of range, or ``stride_in_1x1`` in
@@ -103,7 +116,7 @@ class ResNet(Backbone):
         variant: Variant,
         *,
         in_channels: int = 3,
-        norm: NormName = "frozen_bn",
+        norm: NormName | NormLayer = "frozen_bn",
         output_stride: int = 32,
         dilate_first_block: bool = False,
         stride_in_1x1: bool = False,
@@ -111,6 +124,7 @@ class ResNet(Backbone):
         num_classes: int | None = None,
         zero_init_residual: bool = False,
         checkpoint_stages: Sequence[str] = (),
+        conv3x3_by_stage: Mapping[str, Conv3x3] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         if stride_in_1x1 and variant.block is BasicBlock:
@@ -120,16 +134,17 @@ class ResNet(Backbone):
             )
         make_norm = norm_layer(norm)
         self.in_channels = in_channels
-        self.conv1 = nn.Conv2d(in_channels, STEM_CHANNELS, 7, stride=2, padding=3, bias=False)
-        self.bn1 = make_norm(STEM_CHANNELS)
+        channels = variant.stem_channels
+        self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = make_norm(channels)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.stage_modules: dict[str, tuple[str, ...]] = {"stem": ("conv1", "bn1", "maxpool")}
         plans = plan_stages(output_stride, dilate_first_block=dilate_first_block)
         last = len(plans) if num_classes is not None else max(map(STAGE_NAMES.index, out_features))
-        channels = STEM_CHANNELS
         for number, plan in enumerate(plans[:last]):
-            blocks = _blocks(variant, number, plan, channels, stride_in_1x1, make_norm)
-            channels = (STEM_CHANNELS << number) * variant.block.expansion
+            make_conv3x3 = conv3x3_by_stage.get(plan.name)
+            blocks = _blocks(variant, number, plan, channels, stride_in_1x1, make_norm, make_conv3x3)
+            channels = variant.c2_channels << number
             stage = Stage(*blocks, recompute=plan.name in checkpoint_stages)
             self.add_module(f"layer{number + 1}", stage)
             self.stage_modules[plan.name] = (f"layer{number + 1}",)
@@ -172,25 +187,30 @@ class ResNet(Backbone):
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d | DeformConv2d) and module.bias is None:  # those that predict offsets have one
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, BasicBlock | Bottleneck) and zero_init_residual:
                 nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
 
 def _blocks(
-    variant: Variant, number: int, plan: StagePlan, in_channels: int, stride_in_1x1: bool, norm: NormLayer
+    variant: Variant,
+    number: int,
+    plan: StagePlan,
+    in_channels: int,
+    stride_in_1x1: bool,
+    norm: NormLayer,
+    make_conv3x3: Conv3x3 | None,
 ) -> list[nn.Module]:
     """Build the blocks of stage ``number`` (0 is C2). Only the first one strides and keeps its own dilation."""
-    planes = STEM_CHANNELS << number
+    out_channels = variant.c2_channels << number
     blocks: list[nn.Module] = []
     for index in range(variant.depths[number]):
         stride, first_dilation = (plan.stride, plan.first_dilation) if index == 0 else (1, plan.dilation)
         if issubclass(variant.block, BasicBlock):
-            blocks.append(variant.block(in_channels, planes, stride, first_dilation, plan.dilation, norm))
+            blocks.append(variant.block(in_channels, out_channels, stride, first_dilation, plan.dilation, norm))
         else:
             width = variant.groups * (variant.width_per_group << number)
-            out_channels = planes * variant.block.expansion
             blocks.append(
                 variant.block(
                     in_channels,
@@ -201,9 +221,10 @@ def _blocks(
                     variant.groups,
                     stride_in_1x1,
                     norm,
+                    make_conv3x3,
                 )
             )
-        in_channels = planes * variant.block.expansion
+        in_channels = out_channels
     return blocks
 
 
