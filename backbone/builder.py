@@ -23,13 +23,19 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         ValueError: If a setting cannot be honoured or the weights do not fit.
         FileNotFoundError: If the weights' path does not exist.
     """
-    backbone = find_constructor(config.name)(config)
-    _check_contract(backbone, config)
+    backbone = construct(config)
     if config.weights is None:
         _warn_if_frozen_at_random(config)
     else:
         load_weights(backbone, config.weights, name=config.name)
     freeze_stages(backbone, config.freeze_at)
+    return backbone
+
+
+def construct(config: BackboneConfig) -> Backbone:
+    """Construct the network alone: fresh weights, nothing frozen; raises as ``build_backbone`` does."""
+    backbone = find_constructor(config.name)(config)
+    _check_contract(backbone, config)
     return backbone
 
 

@@ -1,10 +1,10 @@
-"""Deformable 3x3 convolution (arXiv:1703.06211) and its modulated version (arXiv:1811.11168), on torchvision's kernel."""
+"""Deformable 3x3 convolution (arXiv:1703.06211), also modulated (arXiv:1811.11168), on torchvision's kernel."""
 
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
 
-class DeformableConv3x3(DeformConv2d):
+class DeformableConv3x3(DeformConv2d):  # type: ignore[misc]
     """A 3x3 convolution that samples its input where a second one, ``offset``, tells it to.
 
     Fresh, every offset is zero: it is then the plain convolution, modulated half of it.

@@ -11,6 +11,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from backbone.features import Backbone, Features, FeatureSpec
+from backbone.norm import NormLayer
 from backbone.recipe import ExtraLevels, SourceOfP6
 
 _NUM_EXTRA_LEVELS: Final = {"none": 0, "maxpool": 1, "p6p7": 2}
@@ -29,6 +30,8 @@ class FeaturePyramid(Backbone):
             convolutions (RetinaNet, arXiv:1708.02002; FCOS), ``none`` adds none.
         p6_from: What P6 is computed from: the last level (torchvision) or the body's last map (the RetinaNet paper,
             detectron2). Only for ``p6p7``.
+        norm: Constructor of the norm after each convolution of p2 to p5, which then has no bias; None for no norm.
+        average: Whether a level is the mean of its map and the level above, rather than their sum.
 
     Attributes:
         body: The backbone.
@@ -47,14 +50,17 @@ class FeaturePyramid(Backbone):
         out_channels: int = 256,
         extra_levels: ExtraLevels = "none",
         p6_from: SourceOfP6 = "p5",
+        norm: NormLayer | None = None,
+        average: bool = False,
     ) -> None:
         super().__init__()
         specs = list(body.feature_specs.items())
         self.adopt("body", body)
-        self.fpn = FeaturePyramidNetwork(
+        self.fpn = (_AveragingNetwork if average else FeaturePyramidNetwork)(
             [spec.channels for _, spec in specs],
             out_channels,
             extra_blocks=_extra_block(extra_levels, p6_from, specs[-1][1].channels, out_channels),
+            norm_layer=norm,
         )
         self.out_channels = out_channels
         self.feature_specs = {f"p{name[1:]}": FeatureSpec(out_channels, spec.stride) for name, spec in specs}
@@ -67,6 +73,21 @@ class FeaturePyramid(Backbone):
         features = self.body(images)
         levels = self.fpn({name: features[name] for name in self.body.feature_specs})
         return dict(zip(self.feature_specs, levels.values(), strict=True))
+
+
+class _AveragingNetwork(FeaturePyramidNetwork):  # type: ignore[misc]
+    """Halves each sum: the sums grow by powers of two instead, which is exact, and each level takes its own back."""
+
+    def get_result_from_inner_blocks(self, x: Tensor, idx: int) -> Tensor:
+        """Map of level ``idx`` (N, C, H, W) -> its part of the sum (N, out_channels, H, W)."""
+        return super().get_result_from_inner_blocks(x, idx) * 2 ** max(self._levels_above(idx) - 1, 0)  # type: ignore[no-any-return]
+
+    def get_result_from_layer_blocks(self, x: Tensor, idx: int) -> Tensor:
+        """Sum down to level ``idx`` (N, out_channels, H, W) -> the level, of the same shape."""
+        return super().get_result_from_layer_blocks(x / 2 ** self._levels_above(idx), idx)  # type: ignore[no-any-return]
+
+    def _levels_above(self, idx: int) -> int:
+        return (len(self.inner_blocks) - 1 - idx) % len(self.inner_blocks)  # idx is -1 for the last
 
 
 def _extra_block(

@@ -187,7 +187,9 @@ class ResNet(Backbone):
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | DeformConv2d) and module.bias is None:  # those that predict offsets have one
+            if (
+                isinstance(module, nn.Conv2d | DeformConv2d) and module.bias is None
+            ):  # those that predict offsets have one
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, BasicBlock | Bottleneck) and zero_init_residual:
                 nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
