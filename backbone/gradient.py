@@ -69,7 +69,7 @@ class _FoldedLayers(torch.autograd.Function):
     """Convolutions with frozen norms, a shortcut and ReLUs, saving no folded weight and no extra activation.
 
     Scales and shifts are constants. What is saved is each convolution's input and the output (for the ReLU's mask; the
-    next node saves it as its input anyway), the raw weights, scales and shifts. Where a second derivative may follow
+    next node saves it as its input anyway) and the raw weights. Where a second derivative may follow
     (``create_graph=True``), backward goes through plain PyTorch.
     """
 
@@ -93,8 +93,8 @@ class _FoldedLayers(torch.autograd.Function):
             inputs[-1], weights[last], scales[last], shifts[last], plan.geometries[last],
             x if plan.adds_input else residual, relu=plan.relu, reuse_residual=plan.projection is not None,
         )  # fmt: skip
-        ctx.plan = plan
-        ctx.save_for_backward(*weights, *constants, *inputs, out if plan.relu else None)
+        ctx.plan, ctx.constants = plan, constants  # kept anyway, between the steps as well
+        ctx.save_for_backward(*weights, *inputs, out if plan.relu else None)
         return out
 
     @staticmethod
@@ -102,10 +102,10 @@ class _FoldedLayers(torch.autograd.Function):
         plan, (_, _, needs_x, needs_residual, *needs_weights) = ctx.plan, ctx.needs_input_grad
         count = len(needs_weights)
         saved = ctx.saved_tensors
-        weights, scales, inputs, out = saved[:count], saved[count : 2 * count], saved[3 * count : -1], saved[-1]
+        weights, inputs, out = saved[:count], saved[count:-1], saved[-1]
+        scales = ctx.constants[:count]
         if torch.is_grad_enabled():
-            constants = saved[count : 3 * count]
-            first, second, *others = _differentiable_backward(plan, constants, inputs[0], weights, out, grad)
+            first, second, *others = _differentiable_backward(plan, ctx.constants, inputs[0], weights, out, grad)
             return None, None, first, second if needs_residual else None, *others
         layout = _memory_format(inputs[0])
         grads: list[Tensor | None] = [None] * count
@@ -120,6 +120,9 @@ class _FoldedLayers(torch.autograd.Function):
             grad_x, grad_weight = conv_backward(grad, x, factor, geometry, needs_x=needs_x, needs_weight=needs_weight)
             if grad_weight is not None:
                 grad_weight = grad_weight if late else grad_weight * scale[:, None, None, None]
+                if weight.shape[2:] == (1, 1) and grad_weight.stride()[:2] == weight.stride()[:2]:
+                    # the same memory under the weight's own strides: DistributedDataParallel copies what differs
+                    grad_weight = grad_weight.as_strided(weight.shape, weight.stride())
                 grads[index] = grad_weight.to(weight.dtype)
             return grad_x
 

@@ -132,6 +132,11 @@ class ResNet(Backbone):
                 "stride_in_1x1 must be false for resnet18 and resnet34, whose blocks have no 1x1 convolution "
                 "to stride in, got true; remove the key or choose resnet50 or deeper"
             )
+        if conv3x3_by_stage and variant.block is BasicBlock:
+            raise ValueError(
+                f"conv3x3_by_stage must be empty for resnet18 and resnet34, whose 3x3 convolutions come in pairs, got "
+                f"{', '.join(conv3x3_by_stage)}; remove it or choose resnet50 or deeper"
+            )
         make_norm = norm_layer(norm)
         self.in_channels = in_channels
         channels = variant.stem_channels

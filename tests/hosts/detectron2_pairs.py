@@ -108,7 +108,9 @@ class StandInDeformConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, norm: nn.Module, **settings: Any):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // settings["groups"], kernel_size, kernel_size))
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels // settings["groups"], kernel_size, kernel_size)
+        )
         self.norm, self.bias = norm, None
         self.settings = {key: settings[key] for key in ("stride", "padding", "dilation")}
 
@@ -163,7 +165,9 @@ def losses_and_gradients(model: nn.Module, inputs: list[dict[str, Any]]) -> tupl
 def by_their_names(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     by_address = {parameter.data_ptr(): parameter for parameter in parameters.values()}
     return {
-        name: by_address[value.data_ptr()] for name, value in model.state_dict().items() if value.data_ptr() in by_address
+        name: by_address[value.data_ptr()]
+        for name, value in model.state_dict().items()
+        if value.data_ptr() in by_address
     }
 
 

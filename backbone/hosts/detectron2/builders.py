@@ -47,7 +47,7 @@ _PUBLISHED: Final[tuple[tuple[str, bool, str, tuple[float, ...]], ...]] = (
     (r"ImageNetPretrained/MSRA/", True, "BGR", _NO_STD),
     (r"ImageNetPretrained/torchvision/", False, "RGB", _BGR_STD[::-1]),
     (r"ImageNetPretrained/FAIR/R-\d+-GN", False, "BGR", _NO_STD),
-    (r"ImageNetPretrained/FAIR/X-", False, "BGR", _BGR_STD),
+    (r"ImageNetPretrained/FAIR/X-101-", False, "BGR", _BGR_STD),
     (r"//(COCO|LVIS|Cityscapes|PascalVOC)[^/]*/\w+_R_(50|101)_", True, "BGR", _NO_STD),
     (r"//(COCO|LVIS)[^/]*/\w+_X_101_", False, "BGR", _BGR_STD),
 )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias
 
+import torch
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import Backbone as Detectron2Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
@@ -220,6 +221,10 @@ def _rename_given(module: HostedBackbone, state: dict[str, Tensor], prefix: str,
     for ours, theirs in detectron2_names(module.network).items():
         if prefix + theirs in state:
             state[f"{prefix}network.{ours}"] = state.pop(prefix + theirs)
+    for path, norm in module.network.named_modules(prefix=f"{prefix}network"):
+        if isinstance(norm, FrozenBatchNorm2d) and f"{path}.weight" in state:  # Caffe2's files have no statistics
+            state.setdefault(f"{path}.running_mean", torch.zeros_like(norm.running_mean))
+            state.setdefault(f"{path}.running_var", torch.ones_like(norm.running_var))
 
 
 def _rename_missing(module: HostedBackbone, incompatible: _IncompatibleKeys) -> None:
