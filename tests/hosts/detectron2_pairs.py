@@ -3,8 +3,6 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ with warnings.catch_warnings():
     pytest.importorskip("detectron2", reason="detectron2 is installed from its own repository")
     import detectron2
     from detectron2.config import CfgNode, LazyCall, LazyConfig, get_cfg, instantiate
-    from detectron2.data import MetadataCatalog
     from detectron2.modeling import build_model
     from detectron2.modeling.backbone import resnet as their_resnet
     from detectron2.structures import BitMasks, Boxes, Instances, Keypoints

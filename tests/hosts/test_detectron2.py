@@ -199,8 +199,8 @@ def test_images_of_five_channels_need_five_pixel_means_and_no_more() -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipes() if name.endswith(".yaml")])
 def test_no_recipe_of_its_zoo_is_said_to_contradict_its_weights(name: str) -> None:
-    from backbone.hosts.detectron2.builders import _warn_of_contradictions
     from backbone.features import Preprocessing
+    from backbone.hosts.detectron2.builders import _warn_of_contradictions
 
     recipe = read_recipe(name)
     with warnings.catch_warnings():
@@ -552,7 +552,7 @@ def test_the_hook_wraps_a_distributed_model_anew(tmp_path: Path) -> None:
 def test_no_more_is_saved_for_backward_than_by_its_own(builder: str, amp: bool) -> None:
     theirs, ours = pair("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256, builder=builder)
     images = torch.randn(1, 3, 128, 128)
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp, cache_enabled=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         assert saved_mebibytes(ours.train(), images) <= saved_mebibytes(theirs.train(), images) * 1.001
 
 
