@@ -1,7 +1,6 @@
 """Detectors from detectron2's own recipes, twice: with its backbone and with ours in its place; and their inputs."""
 
 import copy
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ with warnings.catch_warnings():
 
     from backbone.hosts.detectron2 import DROP_IN_BUILDERS, DetectronBackbone, DetectronPyramid, add_backbone_config
 
-CONFIGS = Path(os.environ.get("DETECTRON2_CONFIGS", Path(detectron2.__file__).parents[1] / "configs"))
+CHECKOUT = Path(detectron2.__file__).parents[1]
+CONFIGS = CHECKOUT / "configs"
 SECTIONS = (
     "COCO-Detection", "COCO-InstanceSegmentation", "COCO-Keypoints", "COCO-PanopticSegmentation",
     "LVISv0.5-InstanceSegmentation", "LVISv1-InstanceSegmentation", "Cityscapes", "PascalVOC-Detection", "Misc",
@@ -39,7 +39,8 @@ SMALLER = (
     "MODEL.DEVICE", "cpu", "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20,
     "MODEL.RPN.PRE_NMS_TOPK_TEST", 200, "MODEL.RPN.POST_NMS_TOPK_TEST", 10,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
-    "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.TOPK_CANDIDATES_TEST", 50, "TEST.DETECTIONS_PER_IMAGE", 5, "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH", 0.0,
+    "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.TOPK_CANDIDATES_TEST", 50,
+    "TEST.DETECTIONS_PER_IMAGE", 5, "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH", 0.0,
 )  # fmt: skip
 """Fewer proposals and detections: the heads cost less, and the backbone is as the recipe has it."""
 
@@ -95,15 +96,16 @@ def with_our_name(recipe: Any) -> Any:
     return recipe
 
 
-def detector(recipe: Any) -> nn.Module:
-    model: nn.Module = build_model(recipe) if isinstance(recipe, CfgNode) else instantiate(recipe)
-    return model
+def detector(recipe: Any) -> Any:
+    return build_model(recipe) if isinstance(recipe, CfgNode) else instantiate(recipe)
 
 
 class StandInDeformConv(nn.Module):
     """detectron2's DeformConv and ModulatedDeformConv on torchvision's kernel: its own exist only when compiled."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, norm: nn.Module, **settings: Any):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, norm: nn.Module, **settings: Any
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // settings["groups"], kernel_size, kernel_size)
@@ -121,7 +123,7 @@ def stand_in_for_compiled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(their_resnet, "ModulatedDeformConv", StandInDeformConv)
 
 
-def in_double_precision(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+def in_double_precision(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return ``model`` in float64, in which rounding flips no ReLU, no ranking of proposals and no sample."""
     monkeypatch.setattr(box_ops, "batched_nms", lambda boxes, scores, *rest: BATCHED_NMS(boxes, scores.float(), *rest))
     return model.double()

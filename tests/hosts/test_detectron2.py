@@ -1,6 +1,7 @@
 """Our backbones inside detectron2: its keys, its names, its files, its loop."""
 
 import copy
+import functools
 import importlib
 import importlib.util
 import pickle
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import detectron2_pairs  # first: skips without detectron2
+from detectron2_pairs import example, read_recipe, recipes, with_our_name  # skips without detectron2
+
+# isort: split
 import pytest
 import torch
 from conftest import randomise_norms, relative_error, saved_mebibytes
@@ -23,10 +26,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone import resnet as their_resnet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from detectron2_pairs import example, read_recipe, recipes, with_our_name
 from torch import Tensor, nn
 
-import backbone.hosts.detectron2 as host
 from backbone import FreezeSchedule, freeze_report, freeze_stages
 from backbone.hosts.detectron2 import (
     DROP_IN_BUILDERS,
@@ -57,7 +58,7 @@ def settings(*overrides: object, builder: str = THEIR_PLAIN, ours: bool = True) 
     return cfg
 
 
-def pair(*overrides: object, builder: str = THEIR_PLAIN) -> tuple[nn.Module, nn.Module]:
+def pair(*overrides: object, builder: str = THEIR_PLAIN) -> tuple[Any, Any]:
     """detectron2's backbone with random norms, and ours with its state dict."""
     theirs, ours = (build_backbone(settings(*overrides, builder=builder, ours=ours)) for ours in (False, True))
     randomise_norms(theirs)
@@ -154,7 +155,7 @@ def test_what_cannot_be_is_refused_with_the_rule(overrides: tuple[object, ...], 
 def test_an_unknown_plugin_key_is_refused_with_the_nearest() -> None:
     cfg = settings()
     cfg.MODEL.BACKBONE_PLUGIN.OUTPUT_STRIDES = 8
-    with pytest.raises(ValueError, match="unknown key .*OUTPUT_STRIDES; did you mean 'OUTPUT_STRIDE'"):
+    with pytest.raises(ValueError, match=r"unknown key .*OUTPUT_STRIDES; did you mean 'OUTPUT_STRIDE'"):
         build_backbone(cfg)
 
 
@@ -250,7 +251,7 @@ def test_plugin_weights_are_loaded_and_their_pixels_compared(tmp_path: Path) -> 
 # files
 
 
-def detectors(*overrides: object) -> tuple[nn.Module, nn.Module]:
+def detectors(*overrides: object) -> tuple[Any, Any]:
     small = ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
     recipe = read_recipe(FASTER_RCNN, *small, *overrides)
     return build_model(recipe), build_model(with_our_name(recipe))
@@ -289,22 +290,28 @@ def test_a_file_of_one_detector_loads_into_the_other(
     assert tensors_differing(source, target) == []
 
 
+CAFFE2: dict[str, str] = {
+    "stem.conv1.norm.": "res_conv1_bn_",
+    "stem.conv1.": "conv1_",
+    **{f".conv{number}.norm.": f"_branch2{letter}_bn_" for number, letter in enumerate("abc", 1)},
+    **{f".conv{number}.": f"_branch2{letter}_" for number, letter in enumerate("abc", 1)},
+    ".shortcut.norm.": "_branch1_bn_",
+    ".shortcut.": "_branch1_",
+    "bn_weight": "bn_s",
+    "weight": "w",
+    "bias": "b",
+    ".": "_",
+}
+
+
 def caffe2_names(state: dict[str, Tensor]) -> dict[str, Any]:
     """The names of MSRA's R-50.pkl, which has scale and shift only."""
     named = {}
     for key, value in state.items():
-        if "running" not in key:
-            key = key.replace("stem.conv1.norm.", "res_conv1_bn_").replace("stem.conv1.", "conv1_")
-            for number, letter in (("1", "a"), ("2", "b"), ("3", "c")):
-                key = key.replace(f".conv{number}.norm.", f"_branch2{letter}_bn_").replace(
-                    f".conv{number}.", f"_branch2{letter}_"
-                )
-            key = key.replace(".shortcut.norm.", "_branch1_bn_").replace(".shortcut.", "_branch1_").replace(".", "_")
-            key = (
-                key.replace("bn_weight", "bn_s").replace("bn_bias", "bn_b").replace("weight", "w").replace("bias", "b")
-            )
-            named[key] = value.numpy()
-    return {**named, "fc1000_w": value.numpy(), "conv1_w_momentum": value.numpy()}
+        name = functools.reduce(lambda name, part: name.replace(*part), CAFFE2.items(), key)
+        named[name] = value.numpy()
+    given = {name: value for name, value in named.items() if "running" not in name}
+    return {**given, "fc1000_w": given["conv1_w"], "conv1_w_momentum": given["conv1_w"]}
 
 
 def torchvision_converted(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -378,7 +385,8 @@ def its_own_deform_conv(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def deformable(modulated: bool, groups: int) -> tuple[object, ...]:
     return (
-        "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"],
+        "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256,
+        "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"],
         "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, False], "MODEL.RESNETS.DEFORM_MODULATED", modulated,
         "MODEL.RESNETS.DEFORM_NUM_GROUPS", groups,
     )  # fmt: skip
@@ -526,7 +534,7 @@ def test_the_hook_refuses_an_optimizer_that_lacks_what_it_thaws() -> None:
     _, model = detectors("MODEL.BACKBONE.FREEZE_AT", 2)
     trainer = OneImage(model)
     trainer.register_hooks([FreezeScheduleHook(FreezeSchedule({0: 0}))])
-    with pytest.raises(ValueError, match="lacks .* parameters .* set MODEL.BACKBONE.FREEZE_AT to 0"):
+    with pytest.raises(ValueError, match=r"lacks .* parameters .* set MODEL.BACKBONE.FREEZE_AT to 0"):
         trainer.train(0, 1)
 
 
@@ -554,8 +562,3 @@ def test_no_more_is_saved_for_backward_than_by_its_own(builder: str, amp: bool) 
     images = torch.randn(1, 3, 128, 128)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         assert saved_mebibytes(ours.train(), images) <= saved_mebibytes(theirs.train(), images) * 1.001
-
-
-def test_the_public_names_are_there() -> None:
-    assert all(hasattr(host, name) for name in host.__all__)
-    assert detectron2_pairs.DROP_IN_BUILDERS is DROP_IN_BUILDERS

@@ -6,23 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import detectron2_pairs  # first: skips without detectron2
 import pytest
+from detectron2_pairs import CHECKOUT  # skips without detectron2
 
 HERE = Path(__file__).parent
-DETECTRON2 = Path(detectron2_pairs.detectron2.__file__).parents[1]
 
 
-@pytest.mark.skipif(not (DETECTRON2 / "tests").is_dir(), reason="an installed detectron2 has no tests; use a checkout")
+@pytest.mark.skipif(not (CHECKOUT / "tests").is_dir(), reason="an installed detectron2 has no tests; use a checkout")
 @pytest.mark.parametrize(
     ("tests", "passing"), [("tests/modeling/test_backbone.py", 2), ("tests/modeling/test_model_e2e.py", 7)]
 )
 def test_its_tests_pass_with_our_backbones(tests: str, passing: int) -> None:
-    paths = [str(DETECTRON2), str(HERE), str(HERE.parent), str(HERE.parents[1])]
+    paths = [str(CHECKOUT), str(HERE), str(HERE.parent), str(HERE.parents[1])]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "with_our_backbones", "-p", "no:cacheprovider", tests]
     done = subprocess.run(
         command,
-        cwd=DETECTRON2,
+        cwd=CHECKOUT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from detectron2_pairs import (
     stand_in_for_compiled_layers,
     with_our_name,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 TOLERANCE = 1e-4
 NOISE = 1e-9
@@ -56,7 +56,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+def outputs(model: Any, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
     """What the detector finds, and its feature maps: heads at random weights may find nothing."""
     features = model.eval().backbone(inputs[0]["image"][None])
     return {**flat(model(copy.deepcopy(inputs))), **features}

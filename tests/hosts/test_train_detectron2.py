@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import detectron2_pairs  # first: skips without detectron2
+from detectron2_pairs import CHECKOUT, CONFIGS, detector, read_recipe, with_our_name  # skips without detectron2
+
+# isort: split
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
-from detectron2_pairs import CONFIGS, detector, read_recipe, with_our_name
 
 ROOT = Path(__file__).parents[2]
-DETECTRON2 = Path(detectron2_pairs.detectron2.__file__).parents[1]
 ITERATIONS = 4
 
 YAML = f"""
@@ -67,7 +67,8 @@ dataloader = dict(
 )
 optimizer = L(torch.optim.SGD)(params=L(get_default_optimizer_params)(), lr=0.001, momentum=0.9)
 lr_multiplier = L(WarmupParamScheduler)(
-    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[3, {ITERATIONS}]), warmup_length=0.5, warmup_factor=0.1
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[3, {ITERATIONS}]),
+    warmup_length=0.5, warmup_factor=0.1,
 )
 train = dict(
     output_dir="", init_checkpoint="", device="cpu", max_iter={ITERATIONS}, amp=dict(enabled=False), ddp=dict(),
@@ -87,7 +88,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(DETECTRON2)]), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(CHECKOUT)]), "OMP_NUM_THREADS": "1"}
 
 
 def train(recipe: Path, shapes: Path, *arguments: str) -> str:

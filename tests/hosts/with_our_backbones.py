@@ -7,9 +7,10 @@ import detectron2.utils.testing as their_testing
 import pytest
 import torch
 from detectron2 import model_zoo
+from detectron2.config import LazyConfig, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import fpn
-from detectron2_pairs import CONFIGS, LazyConfig, get_cfg, with_our_name
+from detectron2_pairs import CONFIGS, with_our_name
 
 from backbone.hosts.detectron2 import DROP_IN_BUILDERS, HostedBackbone
 
@@ -39,7 +40,7 @@ for theirs, ours in DROP_IN_BUILDERS.items():
     for module in (their_backbones, fpn):
         if hasattr(module, theirs):
             setattr(module, theirs, BACKBONE_REGISTRY.get(ours))
-torch.jit.script = lambda module: module
+torch.jit.script = lambda module: module  # type: ignore[assignment]
 construct, HostedBackbone.__init__ = HostedBackbone.__init__, count  # type: ignore[method-assign]
 
 
