@@ -12,7 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from detectron2_pairs import example, read_recipe, recipes, with_our_name  # skips without detectron2
+from detectron2_pairs import (  # skips without detectron2
+    by_their_names,
+    detector,
+    example,
+    losses_and_gradients,
+    read_recipe,
+    recipes,
+    with_our_name,
+)
 
 # isort: split
 import pytest
@@ -27,8 +35,22 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone import resnet as their_resnet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
-from backbone import FreezeSchedule, freeze_report, freeze_stages
+from backbone import (
+    Backbone,
+    BackboneConfig,
+    Features,
+    FeatureSpec,
+    FreezeSchedule,
+    Preprocessing,
+    freeze_report,
+    freeze_stages,
+    list_backbones,
+    optimize_for_inference,
+    register_backbone,
+)
+from backbone.deformable import DeformableConv3x3
 from backbone.hosts.detectron2 import (
     DROP_IN_BUILDERS,
     DetectronBackbone,
@@ -173,6 +195,48 @@ def test_a_pyramid_on_a_dilated_res5_takes_any_size(builder: str, size: tuple[in
         assert feature.shape[2:] == tuple(-(-side // shapes[name].stride) for side in size)
 
 
+DILATED: dict[str, tuple[object, ...]] = {
+    FASTER_RCNN: ("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4"]),  # its ROIPooler wants doubling strides
+    "COCO-Detection/retinanet_R_50_FPN_1x.yaml": (),
+}
+
+
+@pytest.mark.parametrize("name", DILATED)
+def test_a_detector_on_a_dilated_res5_trains_and_detects(name: str) -> None:
+    small = ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.RES5_DILATION", 2)
+    model = detector(with_our_name(read_recipe(name, *small, *DILATED[name])))
+    losses, gradients = losses_and_gradients(model, example((97, 131)))
+    assert all(loss.isfinite() for loss in losses.values())
+    assert any(name.endswith("res5.1.conv2.weight") for name in gradients)
+    with torch.no_grad():
+        assert "instances" in model.eval()(example((97, 131)))[0]
+
+
+class Pooling(Backbone):
+    """A backbone of somebody else's: no parameter of it is named as in a ResNet."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(config.in_channels, 8, 1)
+        self.stage_modules = {"stem": ("project",)}
+        self.feature_specs = {name: FeatureSpec(8, 2 << int(name[1])) for name in config.out_features}
+
+    def forward(self, images: Tensor) -> Features:
+        x = self.project(images)
+        return {name: nn.functional.avg_pool2d(x, s.stride, ceil_mode=True) for name, s in self.feature_specs.items()}
+
+
+def test_any_registered_backbone_works_under_its_own_parameter_names() -> None:
+    if "pooling_of_the_detectron2_tests" not in list_backbones():
+        register_backbone("pooling_of_the_detectron2_tests")(Pooling)
+    row = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    plugin = ("MODEL.BACKBONE_PLUGIN.NAME", "pooling_of_the_detectron2_tests")
+    model = build_backbone(settings(*row, *plugin, builder=THEIR_RETINANET))
+    assert list(model(torch.randn(1, 3, 64, 64))) == ["p2", "p3", "p4", "p5", "p6", "p7"]
+    assert {"bottom_up.project.weight", "fpn_output5.bias", "top_block.p6.weight"} <= model.state_dict().keys()
+    model.load_state_dict(model.state_dict(), strict=True)
+
+
 PLUGIN: list[tuple[tuple[object, ...], Callable[[Any], bool]]] = [
     (("OUTPUT_STRIDE", 8), lambda model: model.output_shape()["res5"].stride == 8),
     (("NAME", "resnext50_32x4d", "OUTPUT_STRIDE", 16), lambda model: model.network.layer4[0].conv2.dilation == (2, 2)),
@@ -200,7 +264,6 @@ def test_images_of_five_channels_need_five_pixel_means_and_no_more() -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipes() if name.endswith(".yaml")])
 def test_no_recipe_of_its_zoo_is_said_to_contradict_its_weights(name: str) -> None:
-    from backbone.features import Preprocessing
     from backbone.hosts.detectron2.builders import _warn_of_contradictions
 
     recipe = read_recipe(name)
@@ -413,10 +476,6 @@ def test_a_deformable_stage_equals_its_own() -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_modulated_stage_samples_where_its_channel_order_says(groups: int) -> None:
     """The offset's channels: (y, x) of nine places for each group, then the nine weights of each group."""
-    from torchvision.ops import deform_conv2d
-
-    from backbone.deformable import DeformableConv3x3
-
     conv = DeformableConv3x3(8, 8, 2, 1, 2, modulated=True, offset_groups=groups)
     nn.init.normal_(conv.offset.weight, std=0.5)
     x = torch.randn(1, 8, 9, 11)
@@ -426,8 +485,6 @@ def test_a_modulated_stage_samples_where_its_channel_order_says(groups: int) -> 
 
 
 def test_a_fresh_deformable_convolution_is_the_plain_one() -> None:
-    from backbone.deformable import DeformableConv3x3
-
     model = DetectronBackbone("resnet50", out_features=["res3"], deform_on_per_stage=[False, True, False, False])
     conv = model.network.get_submodule("layer2.0.conv2")
     assert isinstance(conv, DeformableConv3x3)
@@ -473,7 +530,8 @@ def test_the_convolutions_of_a_top_block_are_the_ones_that_run() -> None:
     ("arguments", "rule"),
     [
         ({"bottom_up": nn.Identity()}, "bottom_up must be a DetectronBackbone, got Identity"),
-        ({"top_block": nn.Identity()}, "top_block must be LastLevelMaxPool, LastLevelP6P7 or None"),
+        ({"top_block": nn.Identity()}, "top_block must be None, LastLevelMaxPool or a LastLevelP6P7 on res5 or p5"),
+        ({"top_block": LastLevelP6P7(256, 256, in_feature="res4")}, "res5 or p5, got a LastLevelP6P7 on res4"),
     ],
 )
 def test_a_pyramid_of_foreign_parts_is_refused(arguments: dict[str, Any], rule: str) -> None:
@@ -496,6 +554,17 @@ def test_frozen_norms_keep_the_dtype_of_autocast(needs_grad: bool) -> None:
     images = torch.randn(1, 3, 64, 64, requires_grad=needs_grad)
     with torch.autocast("cpu", torch.bfloat16):
         assert {f.dtype for f in DetectronBackbone("resnet18")(images).values()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_a_detector_optimised_for_inference_gives_the_same_features() -> None:
+    _, model = detectors()
+    randomise_norms(model)
+    images = torch.randn(1, 3, 64, 96)
+    expected = model.eval().backbone(images)
+    optimised: Any = optimize_for_inference(model)
+    assert max(relative_error(optimised.backbone(images)[name], expected[name]) for name in expected) <= 1e-5
+    assert "backbone.bottom_up.res2.0.conv1.weight" in optimised.state_dict()
 
 
 # freezing and memory
@@ -553,6 +622,20 @@ def test_the_hook_wraps_a_distributed_model_anew(tmp_path: Path) -> None:
     assert trainer.model is not first
     assert trainer.model.module is model
     assert model.backbone.network.body.conv1.weight.grad is not None
+
+
+@pytest.mark.parametrize("builder", [THEIR_PLAIN, THEIR_FPN])
+def test_gradients_in_float32_are_its_own(builder: str) -> None:
+    models = pair("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256, builder=builder)
+    images = torch.randn(1, 3, 64, 96)
+    gradients = []
+    for model in models:
+        sum(feature.square().mean() for feature in model.train()(images).values()).backward()
+        parameters = by_their_names(model, dict(model.named_parameters()))
+        gradients.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    theirs, ours = gradients
+    assert theirs.keys() == ours.keys()
+    assert max(relative_error(ours[name], theirs[name]) for name in theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("amp", [False, True])

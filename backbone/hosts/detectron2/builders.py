@@ -36,7 +36,6 @@ PLUGIN_KEYS: Final[dict[str, object]] = {
 """The keys of MODEL.BACKBONE_PLUGIN with their defaults."""
 
 _DEPTHS: Final = {18: "resnet18", 34: "resnet34", 50: "resnet50", 101: "resnet101", 152: "resnet152"}
-
 _ROW_KEYS: Final = ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP", "STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS")
 
 _BGR_STD: Final = (57.375, 57.120, 58.395)
@@ -186,7 +185,7 @@ def _warn_of_contradictions(cfg: CfgNode, plugin_weights: str, preprocessing: Pr
             expected["MODEL.RESNETS.STRIDE_IN_1X1"] = False
     for key, value in expected.items():
         said = reduce(lambda node, part: node[part], key.split("."), cfg)
-        if not _same(said, value):
+        if not _agree(said, value):
             warnings.warn(f"{key} is {said}, but {weights} was trained with {value}; change one", stacklevel=4)
 
 
@@ -201,11 +200,11 @@ def _pixels(preprocessing: Preprocessing) -> dict[str, object]:
     }
 
 
-def _same(said: Any, value: Any) -> bool:  # noqa: ANN401
+def _agree(said: Any, value: Any) -> bool:  # noqa: ANN401
+    """Whether the two are equal, or lists of as good as equal numbers; of other channels nothing is known."""
     if isinstance(value, tuple | list):
-        return len(said) != len(value) or all(
-            math.isclose(a, b, rel_tol=1e-2) for a, b in zip(said, value, strict=True)
-        )
+        pairs = zip(said, value, strict=False)
+        return len(said) != len(value) or all(math.isclose(a, b, rel_tol=1e-2) for a, b in pairs)
     return bool(said == value)
 
 

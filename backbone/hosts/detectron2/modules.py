@@ -19,7 +19,7 @@ from backbone.freeze import freeze_stages
 from backbone.hosts.detectron2.names import detectron2_names
 from backbone.norm import FrozenBatchNorm2d, NormLayer, norm_layer
 from backbone.pyramid import FeaturePyramid
-from backbone.recipe import ExtraLevels
+from backbone.recipe import ExtraLevels, SourceOfP6
 from backbone.resnet import FAMILY, ResNet, Variant
 from backbone.stages import STAGE_NAMES
 from backbone.weights import load_weights
@@ -129,7 +129,7 @@ class DetectronBackbone(HostedBackbone):
             "output_stride": output_stride,
             "dilate_first_block": dilate_first_block and output_stride < 32,  # noqa: PLR2004 - nothing dilates then
             "out_features": _our_features("out_features", out_features),
-            "checkpoint_stages": _our_features("checkpoint_stages", checkpoint_stages) if checkpoint_stages else (),
+            "checkpoint_stages": _our_features("checkpoint_stages", checkpoint_stages),
         }
         variant = name if isinstance(name, Variant) else FAMILY.get(name)
         if variant is not None:
@@ -188,12 +188,12 @@ class DetectronPyramid(HostedBackbone):
             raise ValueError(f"fuse_type must be sum or avg, got {fuse_type!r}")
         body = bottom_up.network
         _select(body, in_features)
-        deepest = next(reversed(body.feature_specs))
+        extra_levels, p6_from = _extra_levels(top_block, next(reversed(body.feature_specs)))
         pyramid = FeaturePyramid(
             body,
             out_channels=out_channels,
-            extra_levels=_extra_levels(top_block),
-            p6_from="c5" if getattr(top_block, "in_feature", "") == _detectron2_feature(deepest) else "p5",
+            extra_levels=extra_levels,
+            p6_from=p6_from,
             norm=norm_layer(_norm(norm)) if norm else None,
             average=fuse_type == "avg",
         )
@@ -269,8 +269,14 @@ def _select(body: Backbone, in_features: Sequence[str] | None) -> None:
     body.feature_specs = {name: spec for name, spec in body.feature_specs.items() if name in wanted}
 
 
-def _extra_levels(top_block: nn.Module | None) -> ExtraLevels:
-    kinds: dict[type, ExtraLevels] = {type(None): "none", LastLevelMaxPool: "maxpool", LastLevelP6P7: "p6p7"}
-    if type(top_block) not in kinds:
-        raise ValueError(f"top_block must be LastLevelMaxPool, LastLevelP6P7 or None, got {top_block!r}")
-    return kinds[type(top_block)]
+def _extra_levels(top_block: nn.Module | None, deepest: str) -> tuple[ExtraLevels, SourceOfP6]:
+    """Return what ``FeaturePyramid`` calls the levels of ``top_block``, and their source."""
+    if top_block is None or isinstance(top_block, LastLevelMaxPool):
+        return "none" if top_block is None else "maxpool", "p5"
+    sources: dict[str, SourceOfP6] = {_detectron2_feature(deepest): "c5", f"p{deepest[1:]}": "p5"}
+    if not isinstance(top_block, LastLevelP6P7) or top_block.in_feature not in sources:
+        raise ValueError(
+            f"top_block must be None, LastLevelMaxPool or a LastLevelP6P7 on {' or '.join(sources)}, got a "
+            f"{type(top_block).__name__} on {getattr(top_block, 'in_feature', 'nothing')}"
+        )
+    return "p6p7", sources[top_block.in_feature]
