@@ -16,6 +16,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from backbone import FreezeSchedule
+from backbone.hosts.detectron2 import DROP_IN_BUILDERS, FreezeScheduleHook, add_backbone_config  # says what to install
+
+# isort: split
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -34,9 +38,6 @@ from detectron2.engine import (
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-
-from backbone import FreezeSchedule
-from backbone.hosts.detectron2 import DROP_IN_BUILDERS, FreezeScheduleHook, add_backbone_config
 
 
 class Trainer(DefaultTrainer):  # type: ignore[misc]

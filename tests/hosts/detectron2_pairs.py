@@ -25,6 +25,8 @@ with warnings.catch_warnings():
 
 CHECKOUT = Path(detectron2.__file__).parents[1]
 CONFIGS = CHECKOUT / "configs"
+if not CONFIGS.is_dir():  # an installation carries them elsewhere
+    CONFIGS = CHECKOUT / "detectron2" / "model_zoo" / "configs"
 SECTIONS = (
     "COCO-Detection", "COCO-InstanceSegmentation", "COCO-Keypoints", "COCO-PanopticSegmentation",
     "LVISv0.5-InstanceSegmentation", "LVISv1-InstanceSegmentation", "Cityscapes", "PascalVOC-Detection", "Misc",

@@ -602,18 +602,20 @@ def test_the_hook_moves_the_frozen_stages_with_the_iterations(iterations_per_epo
 def test_the_hook_refuses_an_optimizer_that_lacks_what_it_thaws() -> None:
     _, model = detectors("MODEL.BACKBONE.FREEZE_AT", 2)
     trainer = OneImage(model)
-    trainer.register_hooks([FreezeScheduleHook(FreezeSchedule({0: 0}))])
+    trainer.register_hooks([FreezeScheduleHook(FreezeSchedule({0: 2, 1: 0}))])
     with pytest.raises(ValueError, match=r"lacks .* parameters .* set MODEL.BACKBONE.FREEZE_AT to 0"):
-        trainer.train(0, 1)
+        trainer.train(0, 2)
+    assert trainer.iter == 0  # not hours later, when it thaws
 
 
-def test_the_hook_wraps_a_distributed_model_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("periods", [{0: 3}, {0: 3, 2: 0}])
+def test_the_hook_wraps_a_distributed_model_anew(periods: dict[int, int], tmp_path: Path) -> None:
     _, model = detectors("MODEL.BACKBONE.FREEZE_AT", 0)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrap = nn.parallel.DistributedDataParallel
         trainer = OneImage(wrap(model))
-        trainer.register_hooks([FreezeScheduleHook(FreezeSchedule({0: 3, 2: 0}), wrap=wrap)])
+        trainer.register_hooks([FreezeScheduleHook(FreezeSchedule(periods), wrap=wrap)])
         first = trainer.model
         trainer.train(0, 4)
     finally:
@@ -621,7 +623,7 @@ def test_the_hook_wraps_a_distributed_model_anew(tmp_path: Path) -> None:
     assert isinstance(trainer.model, wrap)
     assert trainer.model is not first
     assert trainer.model.module is model
-    assert model.backbone.network.body.conv1.weight.grad is not None
+    assert (model.backbone.network.body.conv1.weight.grad is not None) == (2 in periods)
 
 
 @pytest.mark.parametrize("builder", [THEIR_PLAIN, THEIR_FPN])
