@@ -78,6 +78,7 @@ class TrainConfig(StrictModel):
     horizontal_flip: Annotated[float, Field(ge=0, le=1, strict=False), rule("must be 0 to 1")] = Field(
         default=0.5, description="Probability that a training image is mirrored."
     )
+    validate_every: PositiveInt = Field(default=1, description="Epochs from one validation to the next.")
     num_workers: Annotated[int, Field(ge=0), rule("must be an integer of at least 0")] = Field(
         default=2, description="Processes that read images."
     )

@@ -1,0 +1,181 @@
+"""What Lightning trains: a detector with its optimizer, losses and metrics."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812 - Lightning's own spelling
+import numpy as np
+import torch
+import torch.nn.functional as F
+from callbacks import load_checkpoint
+from coco_data import IGNORED, Batch, CocoImages, Target, padded
+from coco_metrics import CocoMetrics
+from parameter_groups import make_optimizer, parameter_groups, rate_factor
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassJaccardIndex
+from torchvision.transforms import v2
+
+from backbone.hosts.torchvision import build_detector, unit_statistics
+from backbone.recipe import SEGMENTERS, DetectorConfig
+
+AUX_WEIGHT = 0.4
+"""Of the auxiliary classifier's loss (arXiv:1612.01105, section 5.1). torchvision's references take 0.5."""
+
+
+class DetectionModule(L.LightningModule):
+    """A detector or segmenter of torchvision in training.
+
+    Every step seeds torch by (seed, step, rank), so that the sampling of proposals is the same in a resumed run.
+
+    Args:
+        config: The recipe.
+        validation: What is measured on; its metrics are logged as ``val/...``.
+        class_names: Of the categories, in the order of their ids.
+        steps_per_epoch: Of one process.
+        num_steps: Of the whole training, for the learning rate's course.
+
+    Attributes:
+        detector: torchvision's model on our backbone.
+        metrics: The last validation's, by name.
+    """
+
+    def __init__(
+        self,
+        config: DetectorConfig,
+        validation: CocoImages,
+        class_names: list[str],
+        *,
+        steps_per_epoch: int = 1,
+        num_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        self._rate_factor = rate_factor(config.train, steps_per_epoch, num_steps)
+        self.config, self.class_names = config, class_names
+        torch.manual_seed(config.train.seed)
+        self.detector = build_detector(config)
+        if config.train.channels_last:
+            self.detector.to(memory_format=torch.channels_last)
+        parameter_groups(self.detector, config.train)  # an error now rather than after the first epoch's data
+        self.is_segmenter = config.detector in SEGMENTERS
+        self.coco_metrics = CocoMetrics(validation.coco, class_names, config.detector)
+        self.overlap = MulticlassJaccardIndex(config.num_classes, average="none", ignore_index=IGNORED)
+        self.metrics: dict[str, float] = {}
+
+    def forward(self, images: list[Tensor], targets: Sequence[Target] | None = None) -> Any:
+        """Return losses by name in training; otherwise detections, or a segmenter's ``{"out": (N, classes, H, W)}``."""
+        if not self.is_segmenter:
+            return self.detector(images, targets)
+        batch = self._normalised(images)
+        if self.config.train.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        outputs = self.detector(batch)
+        if targets is None:
+            return outputs
+        classes = padded([target["classes"] for target in targets], IGNORED)
+        losses = {f"loss_{name}": F.cross_entropy(out, classes, ignore_index=IGNORED) for name, out in outputs.items()}
+        return {name: loss * (AUX_WEIGHT if name == "loss_aux" else 1.0) for name, loss in losses.items()}
+
+    def _normalised(self, images: Sequence[Tensor]) -> Tensor:
+        """Return a batch as the weights expect it, padded with what is zero after normalising."""
+        preprocessing = self.detector.backbone.preprocessing
+        mean, std = unit_statistics(preprocessing, self.config.backbone.in_channels)
+        normalise = v2.Normalize(list(self.config.image_mean or mean), list(self.config.image_std or std))
+        flipped = preprocessing.channel_order == "bgr"
+        return padded([normalise(image.flip(0) if flipped else image) for image in images], 0.0)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the sum of the losses; stop where it is no number."""
+        images, targets = batch
+        torch.manual_seed(step_seed(self.config.train.seed, self.global_step, self.global_rank))
+        losses: dict[str, Tensor] = self(images, targets)
+        total = torch.stack(list(losses.values())).sum()
+        if not math.isfinite(total.item()):
+            values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
+            names = ", ".join(target["file_name"] for target in targets)
+            raise FloatingPointError(
+                f"the loss is {total.item()} in step {self.global_step} of epoch {self.current_epoch}: {values}; the "
+                f"batch's images: {names}. Look at them and their annotations, or lower learning_rate, lengthen "
+                f"warmup_steps or set gradient_clip_norm"
+            )
+        shown = {name: loss.detach() for name, loss in {"loss": total, **losses}.items()}
+        self.log_dict(shown, prog_bar=True)
+        means = {f"epoch/{name}": loss for name, loss in shown.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+        return total
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Add one batch's detections to the metrics."""
+        images, targets = batch
+        outputs = self(images)
+        if self.is_segmenter:
+            for scores, target in zip(outputs["out"], targets, strict=True):
+                self.overlap.update(scores.argmax(0)[None], target["classes"][None])
+        else:
+            for prediction, target in zip(outputs, targets, strict=True):
+                self.coco_metrics.add(target["image_id"], prediction)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start from nothing."""
+        self.coco_metrics.reset()
+        self.overlap.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Measure what all processes found."""
+        if self.is_segmenter:
+            by_class = self.overlap.compute().tolist()
+            names = ["background", *self.class_names]
+            self.metrics = {"mIoU": sum(by_class) / len(by_class)}
+            self.metrics |= {f"IoU/{name}": value for name, value in zip(names, by_class, strict=True)}
+        else:
+            self.metrics = self.coco_metrics.compute()
+        self.log_dict({f"val/{name}": value for name, value in self.metrics.items()}, rank_zero_only=True)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer over all parameters and the learning rate's course by step."""
+        train = self.config.train
+        optimizer = make_optimizer(parameter_groups(self.detector, train), train)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the recipe with the weights."""
+        checkpoint["recipe"] = self.config.model_dump(mode="json")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the state of every parameter from the checkpoint and the rates from the recipe, which may have changed.
+
+        Frozen norms and batch norms have the same keys, so that a changed freeze needs nothing here.
+        """
+        groups = parameter_groups(self.detector, self.config.train)
+        factor = self._rate_factor(checkpoint["global_step"])
+        for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
+            saved |= {"initial_lr": group["lr"], "lr": group["lr"] * factor, "weight_decay": group["weight_decay"]}
+        checkpoint["lr_schedulers"][0]["base_lrs"] = [group["lr"] for group in groups]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return a seed that only these three decide."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+
+
+def load_detector_state(detector: nn.Module, path: Path) -> None:
+    """Load model.pth of a run.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or of another detector.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights must be an existing file, got {str(path)!r}; check the path")
+    state = load_checkpoint(path)
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: does not fit the recipe's detector; use the recipe.yaml beside it. ({error})") from None
+
+
+def portable_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict on the CPU in the usual memory layout, as other programs expect it."""
+    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}

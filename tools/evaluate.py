@@ -1,0 +1,54 @@
+"""Measure a trained detector or segmenter: COCO AP of boxes, masks and keypoints, or mIoU; in all and by class.
+
+python tools/evaluate.py --config configs/shapes_faster_rcnn.yaml --weights out/run/model.pth --data out/shapes
+"""
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from coco_annotations import read_annotations
+from coco_data import CocoImages, make_loader
+from detection_module import DetectionModule, load_detector_state
+from launch import Device, console, make_trainer, readable_errors, require_possible
+from reports import print_metrics, save_metrics, save_sheet
+
+from backbone.recipe import load_detector_config
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def main(
+    config: Annotated[Path, typer.Option(help="The detector's recipe (YAML).")],
+    weights: Annotated[Path, typer.Option(help="model.pth of a run.")],
+    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    split: Annotated[str, typer.Option(help="Which images.")] = "val",
+    device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.AUTO,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Draw truth and predictions of the first images there.")] = None,
+) -> None:
+    """Check, load, measure."""
+    warnings.filterwarnings("ignore", message=".*frozen at random weights")  # they come from the file
+    with readable_errors(ValueError, OSError):
+        recipe = load_detector_config(config)
+        require_possible(recipe, device)
+        annotations = read_annotations(data, split, recipe)
+        console.print(annotations.summary())
+        images = CocoImages(annotations, recipe, train=False)
+        module = DetectionModule(recipe, images, annotations.class_names)
+        load_detector_state(module.detector, weights)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": console.is_terminal}
+    make_trainer(recipe, device, devices=1, **quiet).validate(module, make_loader(images), verbose=False)
+    print_metrics(module.metrics, console)
+    if json_file:
+        save_metrics(module.metrics, json_file)
+        console.print(str(json_file))
+    if sheet:
+        save_sheet(module, images, annotations.class_names, sheet)
+        console.print(str(sheet))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,83 @@
+"""Where training and evaluation run, and how they tell what a user can mend."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any, Final
+
+import lightning as L  # noqa: N812 - Lightning's own spelling
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from backbone.recipe import DetectorConfig
+
+EXIT_USAGE: Final = 2
+
+console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=True)
+errors = Console(stderr=True)
+
+
+class Device(StrEnum):
+    """Where to run; auto takes a GPU if there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@contextmanager
+def readable_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors that a user can mend into one message and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except kinds as error:
+        # letter by letter: a file name may look like rich's markup
+        errors.print(Text.assemble(("error", "red"), ": ", str(error)), soft_wrap=True)
+        raise typer.Exit(EXIT_USAGE) from None
+
+
+def require_possible(config: DetectorConfig, device: Device) -> None:
+    """Refuse what this machine or these programs cannot honour.
+
+    Raises:
+        ValueError: If there is something.
+    """
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA device, and torch sees none; use --device cpu or auto")
+    if config.train.precision == "16-mixed" and accelerator_of(device) == "cpu":
+        raise ValueError("precision 16-mixed needs a CUDA device; use bf16-mixed or 32-true")
+    if config.backbone.in_channels != 3:
+        raise ValueError(f"the images are read as RGB: in_channels must be 3, got {config.backbone.in_channels}")
+
+
+def accelerator_of(device: Device) -> str:
+    """Return Lightning's name for the device."""
+    return "gpu" if device is not Device.CPU and torch.cuda.is_available() else "cpu"
+
+
+def make_trainer(config: DetectorConfig, device: Device, **settings: Any) -> L.Trainer:
+    """Return Lightning's trainer with what training and evaluation have in common."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what it found of hardware, and its tips
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    return L.Trainer(
+        accelerator=accelerator_of(device),
+        precision=config.train.precision,
+        use_distributed_sampler=False,  # ours gives each image once, and tells its epoch
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
+_NOISE: Final = (
+    ".*does not have many workers",  # num_workers is the recipe's
+    ".*GPU available but not used",  # --device cpu says so
+    ".*directory .* exists and is not empty",  # it holds the recipe
+    ".*modules? in eval mode at the start of training",
+)

@@ -1,0 +1,130 @@
+"""Train a detector or segmenter of torchvision on any backbone, from one recipe and COCO-format data.
+
+    python tools/train.py --config configs/shapes_faster_rcnn.yaml --data out/shapes --out out/run
+    python tools/train.py --config configs/shapes_faster_rcnn.yaml --data out/shapes --out out/run --resume
+    python tools/train.py --config RECIPE.yaml --data DIR --out DIR --device cuda --devices 8 --num-nodes 2
+
+--data holds train/, val/ and annotations/train.json and val.json. Into --out go last.ckpt after each epoch, and at the
+end model.pth (the detector), backbone.pth (its backbone, to start another recipe from: `weights: OUT/backbone.pth`),
+metrics.json, curves.png, sheet.png and TensorBoard's events. A run that was killed goes on with --resume from the last
+finished epoch and ends, on the CPU, with the same weights bit for bit. On several nodes all of them must see --out.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final
+
+import lightning as L  # noqa: N812 - Lightning's own spelling
+import typer
+from callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
+from coco_annotations import Annotations, read_annotations
+from coco_data import CocoImages, make_loader
+from detection_module import DetectionModule, portable_state
+from launch import Device, console, make_trainer, readable_errors, require_possible
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from pictures import save_curves
+from reports import main_metrics, print_metrics, save_metrics, save_sheet
+from run_folder import CHECKPOINT, RunFolder
+
+from backbone import FreezeSchedule
+from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
+
+SPLITS: Final = ("train", "val")
+
+
+def trainer_for(config: DetectorConfig, out: Path, device: Device, devices: int, num_nodes: int) -> L.Trainer:
+    """Return Lightning's trainer: its strategies, precision, clipping, logging and our callbacks."""
+    schedule = FreezeSchedule(config.train.freeze_schedule or {0: config.backbone.freeze_at})
+    history = History(console, main_metric="mIoU" if config.detector in SEGMENTERS else "AP50")
+    checkpoint = ModelCheckpoint(out, CHECKPOINT, save_on_train_epoch_end=True, enable_version_counter=False)
+    bar = console.is_terminal
+    return make_trainer(
+        config,
+        device,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy="ddp" if devices * num_nodes > 1 else "auto",
+        max_epochs=config.train.epochs,
+        gradient_clip_val=config.train.gradient_clip_norm,
+        check_val_every_n_epoch=config.train.validate_every,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(out, name=None, version="tensorboard"),
+        callbacks=[FreezeByEpoch(schedule, console), history, checkpoint, *([RichProgressBar()] if bar else [])],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=bar,
+    )
+
+
+def save_results(
+    module: DetectionModule, history: History, images: CocoImages, class_names: list[str], out: Path
+) -> list[Path]:
+    """Write weights, numbers and pictures; return their paths."""
+    names = ("model.pth", "backbone.pth", "metrics.json", "curves.png", "sheet.png")
+    model, backbone, metrics, curves, sheet = paths = [out / name for name in names]
+    save_atomically(portable_state(module.detector), model)
+    save_atomically(portable_state(module.detector.backbone.body), backbone)
+    save_metrics({"metrics": module.metrics, "epochs": history.epochs}, metrics)
+    save_curves(history.epochs, main_metrics(module.metrics), curves)
+    save_sheet(module, images, class_names, sheet)
+    return paths
+
+
+def require_same_categories(splits: Mapping[str, Annotations]) -> None:
+    """Refuse a class that would mean something else in validation.
+
+    Raises:
+        ValueError: If the splits have other categories.
+    """
+    first, second = (dict(zip(each.category_ids, each.class_names, strict=True)) for each in splits.values())
+    if first != second:
+        raise ValueError(f"train and val must have the same categories, got {first} and {second}")
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def main(
+    config: Annotated[Path, typer.Option(help="A detector's recipe (YAML).")],
+    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.AUTO,
+    devices: Annotated[int, typer.Option(min=1, help="Processes on each node, one for each GPU.")] = 1,
+    num_nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+) -> None:
+    """Check all that can be checked before the first step, train, and show what came out."""
+    with readable_errors(ValueError, OSError):
+        recipe = load_detector_config(config)
+        require_possible(recipe, device)
+        splits = {split: read_annotations(data, split, recipe) for split in SPLITS}
+        require_same_categories(splits)
+        images = {split: CocoImages(each, recipe, train=split == "train") for split, each in splits.items()}
+        run = RunFolder(out, recipe, resume=resume)
+        trainer = trainer_for(recipe, out, device, devices, num_nodes)
+        if trainer.is_global_zero:
+            for each in splits.values():
+                console.print(each.summary())
+            run.begin(config, console)
+        ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        loaders = {split: make_loader(each, **ranks) for split, each in images.items()}
+        class_names, steps = splits["val"].class_names, len(loaders["train"])
+        if run.checkpoint:  # the weights come from there
+            warnings.filterwarnings("ignore", message=".*frozen at random weights")
+        module = DetectionModule(
+            recipe, images["val"], class_names, steps_per_epoch=steps, num_steps=steps * recipe.train.epochs
+        )
+    with readable_errors(FloatingPointError):
+        trainer.fit(module, loaders["train"], loaders["val"], ckpt_path=run.checkpoint)
+    trainer.validate(module, loaders["val"], verbose=False)
+    if trainer.is_global_zero:
+        history = next(callback for callback in trainer.callbacks if isinstance(callback, History))
+        print_metrics(module.metrics, console)
+        for path in save_results(module, history, images["val"], class_names, out):
+            console.print(str(path))
+
+
+if __name__ == "__main__":
+    app()
