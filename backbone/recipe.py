@@ -112,6 +112,14 @@ class DetectorConfig(StrictModel):
     box_head: Annotated[Literal["mlp", "c5"], rule("must be mlp or c5")] = Field(
         default="mlp", description="Of faster_rcnn: two linear layers, or the backbone's C5 stage on C4 (the C4 model)."
     )
+    rois_per_image: PositiveInt = Field(
+        default=512, description="Of an R-CNN: proposals of each image that the box head learns from."
+    )
+    smallest_anchor: PositiveInt = Field(
+        default=32,
+        description="Side in pixels of the resized image of the anchors on the finest level (P2, or P3 of RetinaNet); "
+        "it doubles from level to level.",
+    )
     aux_classifier: Annotated[bool, rule("must be true or false")] = Field(
         default=False, description="Of a segmenter: a second classifier on C4 that helps in training."
     )
@@ -181,6 +189,8 @@ _ONLY_FOR: Final[Mapping[str, tuple[DetectorName, ...]]] = {
     "pyramid": (*R_CNNS, *DENSE_DETECTORS),
     "num_keypoints": ("keypoint_rcnn",),
     "box_head": ("faster_rcnn",),
+    "rois_per_image": R_CNNS,
+    "smallest_anchor": (*R_CNNS, "retinanet"),
     "aux_classifier": SEGMENTERS,
 }
 

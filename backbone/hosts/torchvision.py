@@ -27,9 +27,6 @@ from backbone.recipe import DENSE_DETECTORS, SEGMENTERS, DetectorConfig, ExtraLe
 from backbone.resnet import ResNet
 from backbone.stages import STAGE_NAMES
 
-BASE_ANCHOR_SIZE: Final = 32
-"""Side in image pixels of the anchors on P2; it doubles from level to level (arXiv:1612.03144, section 4.1)."""
-
 ASPECT_RATIOS: Final = (0.5, 1.0, 2.0)
 
 ATROUS_REACH: Final = 96
@@ -131,7 +128,7 @@ def _build_on_levels(config: DetectorConfig) -> nn.Module:
         )
     detector: nn.Module
     if config.detector == "retinanet":
-        detector = RetinaNet(as_torchvision(model), config.num_classes, anchor_generator=_retinanet_anchors(model))
+        detector = RetinaNet(as_torchvision(model), config.num_classes, anchor_generator=_retinanet_anchors(config, model))
     elif config.detector == "fcos":
         detector = FCOS(as_torchvision(model), config.num_classes, anchor_generator=_fcos_anchors(model))
     else:
@@ -145,7 +142,8 @@ def _build_r_cnn(config: DetectorConfig, model: Backbone) -> FasterRCNN:
     pooled = _pooled_maps(backbone)
     settings = {
         "num_classes": config.num_classes,
-        "rpn_anchor_generator": _r_cnn_anchors(model),
+        "rpn_anchor_generator": _r_cnn_anchors(config, model),
+        "box_batch_size_per_image": config.rois_per_image,
         "box_roi_pool": MultiScaleRoIAlign(pooled, output_size=7, sampling_ratio=2),
     }
     pool_of_second_head = MultiScaleRoIAlign(pooled, output_size=14, sampling_ratio=2)
@@ -171,7 +169,8 @@ def _build_faster_rcnn_on_c4(config: DetectorConfig) -> FasterRCNN:
     head = nn.Sequential(body.split_off_c5(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     detector = FasterRCNN(
         as_torchvision(body),
-        rpn_anchor_generator=_r_cnn_anchors(body),
+        rpn_anchor_generator=_r_cnn_anchors(config, body),
+        box_batch_size_per_image=config.rois_per_image,
         box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2),
         box_head=head,
         box_predictor=FastRCNNPredictor(channels, config.num_classes),
@@ -192,18 +191,19 @@ def _build_segmenter(config: DetectorConfig) -> DeepLabV3 | FCN:
     return DeepLabV3(backbone, classifier, aux_classifier)
 
 
-def _r_cnn_anchors(model: Backbone) -> AnchorGenerator:
-    """One size per level of a pyramid; all five sizes on a single map."""
+def _r_cnn_anchors(config: DetectorConfig, model: Backbone) -> AnchorGenerator:
+    """One size per level of a pyramid, from P2 on (arXiv:1612.03144, section 4.1); all five sizes on a single map."""
+    smallest = config.smallest_anchor
     if isinstance(model, FeaturePyramid):
-        sizes: list[tuple[int, ...]] = [(BASE_ANCHOR_SIZE << _level(name) - 2,) for name in model.feature_specs]
+        sizes: list[tuple[int, ...]] = [(smallest << _level(name) - 2,) for name in model.feature_specs]
     else:
-        sizes = [tuple(BASE_ANCHOR_SIZE << doubling for doubling in range(5))]
+        sizes = [tuple(smallest << doubling for doubling in range(5))]
     return AnchorGenerator(tuple(sizes), (ASPECT_RATIOS,) * len(sizes))
 
 
-def _retinanet_anchors(model: Backbone) -> AnchorGenerator:
-    """Three sizes per level, a third of an octave apart, from 32 pixels on P3 (arXiv:1708.02002, section 4)."""
-    smallest = [BASE_ANCHOR_SIZE * 2 ** (_level(name) - 3) for name in model.feature_specs]
+def _retinanet_anchors(config: DetectorConfig, model: Backbone) -> AnchorGenerator:
+    """Three sizes per level, a third of an octave apart, from P3 on (arXiv:1708.02002, section 4)."""
+    smallest = [config.smallest_anchor * 2 ** (_level(name) - 3) for name in model.feature_specs]
     sizes = tuple(tuple(int(size * 2 ** (third / 3)) for third in range(3)) for size in smallest)
     return AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(sizes))
 
