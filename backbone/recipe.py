@@ -70,7 +70,7 @@ class TrainConfig(StrictModel):
         Literal["32-true", "bf16-mixed", "16-mixed"], rule("must be 32-true, bf16-mixed or 16-mixed")
     ] = Field(default="32-true", description="Lightning's name for the arithmetic.")
     channels_last: Annotated[bool, rule("must be true or false")] = Field(
-        default=True, description="Memory layout of images and convolutions."
+        default=True, description="Memory layout of backbone and pyramid."
     )
     gradient_clip_norm: Annotated[float | None, Field(gt=0), rule("must be null or above 0")] = Field(
         default=None, description="Largest norm of all gradients together."

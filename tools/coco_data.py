@@ -70,7 +70,8 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         image, target = v2.ClampBoundingBoxes()(image, target)
         if self.config.detector in SEGMENTERS:
             side = int(chance.choice(self.config.min_size)) if self.train else self.config.min_size[-1]
-            image, target = v2.Resize(side, max_size=self.config.max_size, antialias=True)(image, target)
+            size = resized(v2.functional.get_size(image), side, self.config.max_size)
+            image, target = v2.Resize(size, antialias=True)(image, target)
             target = {"classes": class_map(target["masks"], target["labels"])}
         image = v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(torch.Tensor)
         plain = {name: value.as_subclass(torch.Tensor) for name, value in target.items()}
@@ -118,6 +119,12 @@ def as_coco(content: dict[str, Any]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):  # it reports that it builds an index
         coco.createIndex()
     return coco
+
+
+def resized(size: Sequence[int], shorter: int, longer: int) -> list[int]:
+    """Return the height and width whose shorter side is ``shorter`` pixels, and whose longer is at most ``longer``."""
+    factor = min(shorter / min(size), longer / max(size))
+    return [max(1, round(side * factor)) for side in size]
 
 
 def mirrored(names: Sequence[str]) -> list[int]:

@@ -56,7 +56,7 @@ class DetectionModule(L.LightningModule):
         torch.manual_seed(config.train.seed)
         self.detector = build_detector(config)
         if config.train.channels_last:
-            self.detector.to(memory_format=torch.channels_last)
+            self.detector.backbone.to(memory_format=torch.channels_last)  # Keypoint R-CNN's head does not take it
         parameter_groups(self.detector, config.train)  # an error now rather than after the first epoch's data
         self.is_segmenter = config.detector in SEGMENTERS
         self.coco_metrics = CocoMetrics(validation.coco, class_names, config.detector)

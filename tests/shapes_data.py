@@ -1,1 +1,0 @@
-"""Small COCO-format data and recipes for the tests of the training programs."""
