@@ -232,7 +232,9 @@ def test_a_loss_that_is_no_number_stops_with_the_images(data: Path, tmp_path: Pa
     assert re.search(r"the loss is nan in step \d+ of epoch 0: classification nan, .*: \d{6}.png, \d{6}.png\.", said)
 
 
-def test_results_are_complete_and_the_backbone_starts_another_recipe(data: Path, finished: Path, tmp_path: Path) -> None:
+def test_results_are_complete_and_the_backbone_starts_another_recipe(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
     names = ["backbone.pth", "curves.png", "last.ckpt", "metrics.json", "model.pth", "recipe.yaml", "sheet.png"]
     assert sorted(path.name for path in finished.iterdir() if path.is_file()) == names
     settings = recipe("retinanet")

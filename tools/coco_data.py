@@ -133,9 +133,7 @@ def mirrored(names: Sequence[str]) -> list[int]:
     swapped = [
         next((name.replace(side, other) for side, other in swaps.items() if side in name), name) for name in names
     ]
-    return [
-        names.index(other) if other and other in names else index for index, other in enumerate(swapped)
-    ]
+    return [names.index(other) if other and other in names else index for index, other in enumerate(swapped)]
 
 
 def class_map(masks: Tensor, labels: Tensor) -> Tensor:
@@ -210,5 +208,3 @@ def padded(images: Sequence[Tensor], value: float) -> Tensor:
     for place, image in zip(stacked, images, strict=True):
         place[..., : image.shape[-2], : image.shape[-1]] = image
     return stacked
-
-

@@ -173,7 +173,9 @@ def load_detector_state(detector: nn.Module, path: Path) -> None:
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path}: does not fit the recipe's detector; use the recipe.yaml beside it. ({error})") from None
+        raise ValueError(
+            f"{path}: does not fit the recipe's detector; use the recipe.yaml beside it. ({error})"
+        ) from None
 
 
 def portable_state(module: nn.Module) -> dict[str, Tensor]:

@@ -128,7 +128,9 @@ def _build_on_levels(config: DetectorConfig) -> nn.Module:
         )
     detector: nn.Module
     if config.detector == "retinanet":
-        detector = RetinaNet(as_torchvision(model), config.num_classes, anchor_generator=_retinanet_anchors(config, model))
+        detector = RetinaNet(
+            as_torchvision(model), config.num_classes, anchor_generator=_retinanet_anchors(config, model)
+        )
     elif config.detector == "fcos":
         detector = FCOS(as_torchvision(model), config.num_classes, anchor_generator=_fcos_anchors(model))
     else:
