@@ -116,7 +116,7 @@ def test_an_annotation_with_a_bad_box_is_named_and_skipped(case: str, data: Path
     box, message = BAD_BOXES[case]
     copy = edited(data, tmp_path, lambda content: content["annotations"][0].update(bbox=box))
     found = read_annotations(copy, "train", config_of())
-    assert [annotation["id"] for annotation in found.content["annotations"]][0] == 2
+    assert found.content["annotations"][0]["id"] == 2
     assert re.search(f"  skipped annotation 1 of 000000.png: .*{message}", found.summary())
 
 
@@ -223,15 +223,18 @@ def test_the_longer_side_limits_the_shorter(size: tuple[int, int], expected: lis
 
 def test_order_and_augmentation_follow_from_seed_and_epoch(data: Path) -> None:
     def orders(seed: int) -> list[list[tuple[int, int]]]:
-        sampler = EpochSampler(dataset(data), rank=0, world_size=1, seed=seed)
-        return [[(sampler.set_epoch(epoch), list(sampler))[1] for epoch in range(2)]][0]
+        sampler, found = EpochSampler(images, rank=0, world_size=1, seed=seed), []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            found.append(list(sampler))
+        return found
 
+    images = dataset(data)
     assert orders(0) == orders(0)
     first, second = ([index for _, index in order] for order in orders(0))
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second
     assert orders(0) != orders(1)
-    images = dataset(data)
     assert all(torch.equal(images[3, index][0], images[3, index][0]) for index in range(8))
     assert any(not torch.equal(images[0, index][0], images[1, index][0]) for index in range(8))
 

@@ -17,6 +17,9 @@ from conftest import relative_error
 from torch import Tensor
 from training import IGNORED_WARNINGS, TOOLS, data, recipe, train
 
+sys.path.append(str(TOOLS))
+from parameter_groups import backbone_of
+
 import backbone.hosts.torchvision as host
 from backbone.recipe import DetectorConfig
 
@@ -38,8 +41,8 @@ if __name__ == "__main__":
     train.app()
 """
 DIES_IN_STEP = """
-training_step = DetectionModule.training_step
-DetectionModule.training_step = lambda self, *batch: die() if self.global_step == {step} else training_step(self, *batch)
+step = DetectionModule.training_step
+DetectionModule.training_step = lambda self, *batch: die() if self.global_step == {step} else step(self, *batch)
 """
 DIES_WHILE_WRITING = """
 save, written = torch.save, []
@@ -239,7 +242,7 @@ def test_results_are_complete_and_the_backbone_starts_another_recipe(
     assert sorted(path.name for path in finished.iterdir() if path.is_file()) == names
     settings = recipe("retinanet")
     settings["backbone"]["weights"] = str(finished / "backbone.pth")
-    body = host.build_detector(DetectorConfig.model_validate(settings)).backbone.body
+    body = backbone_of(host.build_detector(DetectorConfig.model_validate(settings))).body
     trained = torch.load(finished / "model.pth")
     assert all(torch.equal(value, trained[f"backbone.body.{name}"]) for name, value in body.state_dict().items())
 

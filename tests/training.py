@@ -7,8 +7,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 TOOLS: Final = Path(__file__).parents[1] / "tools"
 sys.path.append(str(TOOLS))

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L  # noqa: N812 - Lightning's own spelling
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from parameter_groups import backbone_of
 from rich.console import Console
+from torch import nn
 
 from backbone import FreezeSchedule, freeze_report
 
@@ -29,7 +31,8 @@ class FreezeByEpoch(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Apply the schedule to this epoch."""
-        backbone = pl_module.detector.backbone
+        assert isinstance(pl_module.detector, nn.Module)
+        backbone = backbone_of(pl_module.detector)
         if not self.schedule.apply(backbone, trainer.current_epoch):
             return
         frozen = [stage for stage, report in freeze_report(backbone).items() if report.frozen]
@@ -62,6 +65,7 @@ class History(Callback):
         row = {name.removeprefix("epoch/"): value for name, value in logged.items() if name.startswith("epoch/")}
         metrics = {name.removeprefix("val/"): value for name, value in logged.items() if name.startswith("val/")}
         row |= {"epoch": trainer.current_epoch, "seconds": time.perf_counter() - self._start}
+        assert trainer.check_val_every_n_epoch is not None
         measured = (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0
         self.epochs.append(row | (metrics if measured else {}))
         if trainer.is_global_zero:
@@ -70,6 +74,7 @@ class History(Callback):
     def _line(self, trainer: L.Trainer, row: dict[str, float]) -> str:
         losses = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith("loss"))
         metric = f", {self.main_metric} {row[self.main_metric]:.3f}" if self.main_metric in row else ""
+        assert trainer.max_epochs is not None
         left = (trainer.max_epochs - row["epoch"] - 1) * row["seconds"]
         clock = f"{row['seconds']:.0f} s, {math.ceil(left / 60)} min left" if left else f"{row['seconds']:.0f} s"
         return f"epoch {row['epoch'] + 1:.0f}/{trainer.max_epochs}: {losses}{metric} ({clock})"
@@ -91,12 +96,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     another disk is a copy.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Write ``checkpoint`` to ``path``."""
         save_atomically(checkpoint, Path(path))
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+        self, path: str | Path, map_location: object = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Read a checkpoint of plain tensors and numbers."""
         return load_checkpoint(Path(path))

@@ -89,7 +89,7 @@ def read_annotations(data: Path, split: str, config: DetectorConfig) -> Annotati
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content: dict[str, Any] = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON, it may be truncated ({error}); write it again") from None
     lists = ("images", "annotations", "categories")

@@ -156,7 +156,9 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __init__(self, dataset: CocoImages, *, rank: int, world_size: int, seed: int | None) -> None:
         self.epoch, self.indices = 0, range(rank, len(dataset), world_size)
-        self.shuffled = None if seed is None else DistributedSampler(dataset, world_size, rank, True, seed, True)
+        self.shuffled: DistributedSampler[tuple[Tensor, Target]] | None = None
+        if seed is not None:
+            self.shuffled = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; Lightning does."""
@@ -171,7 +173,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return len(self.indices if self.shuffled is None else self.shuffled)
 
 
-def make_loader(dataset: CocoImages, *, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
+def make_loader(dataset: CocoImages, *, rank: int = 0, world_size: int = 1) -> DataLoader[tuple[Tensor, Target]]:
     """Return batches for one rank: shuffled and whole ones for training, one image each for evaluation.
 
     Raises:

@@ -1,11 +1,13 @@
 """COCO average precision through pycocotools: what a detector found, in all processes, against the annotations."""
 
 import contextlib
+import copy
 import io
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import torch
+from coco_data import as_coco
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -37,7 +39,7 @@ class CocoMetrics:
     """
 
     def __init__(self, coco: COCO, class_names: list[str], detector: DetectorName) -> None:
-        self.coco, self.class_names = coco, class_names
+        self.coco, self.class_names = as_coco(copy.deepcopy(coco.dataset)), class_names  # COCOeval changes what it is given
         self.category_ids = sorted(coco.cats)
         self.results: dict[IouType, list[Result]] = {kind: [] for kind in IOU_TYPES.get(detector, ("bbox",))}
 
@@ -103,10 +105,7 @@ def gathered(results: list[Result]) -> list[Result]:
 
 def _nothing(coco: COCO) -> COCO:
     """Detections of a detector that found nothing, which ``loadRes`` does not take."""
-    empty = COCO()
-    empty.dataset = {**coco.dataset, "annotations": []}
-    empty.createIndex()
-    return empty
+    return as_coco({**coco.dataset, "annotations": []})
 
 
 def _sigmas(coco: COCO, of_coco: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

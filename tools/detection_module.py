@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L  # noqa: N812 - Lightning's own spelling
+import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
 from callbacks import load_checkpoint
 from coco_data import IGNORED, Batch, CocoImages, Target, padded
 from coco_metrics import CocoMetrics
-from parameter_groups import make_optimizer, parameter_groups, rate_factor
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from parameter_groups import backbone_of, make_optimizer, parameter_groups, rate_factor
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision.transforms import v2
@@ -56,14 +57,14 @@ class DetectionModule(L.LightningModule):
         torch.manual_seed(config.train.seed)
         self.detector = build_detector(config)
         if config.train.channels_last:
-            self.detector.backbone.to(memory_format=torch.channels_last)  # Keypoint R-CNN's head does not take it
+            backbone_of(self.detector).to(memory_format=torch.channels_last)  # Keypoint R-CNN's head does not take it
         parameter_groups(self.detector, config.train)  # an error now rather than after the first epoch's data
         self.is_segmenter = config.detector in SEGMENTERS
         self.coco_metrics = CocoMetrics(validation.coco, class_names, config.detector)
         self.overlap = MulticlassJaccardIndex(config.num_classes, average="none", ignore_index=IGNORED)
         self.metrics: dict[str, float] = {}
 
-    def forward(self, images: list[Tensor], targets: Sequence[Target] | None = None) -> Any:
+    def forward(self, images: list[Tensor], targets: Sequence[Target] | None = None) -> Any:  # noqa: ANN401 - a dict or a list
         """Return losses by name in training; otherwise detections, or a segmenter's ``{"out": (N, classes, H, W)}``."""
         if not self.is_segmenter:
             return self.detector(images, targets)
@@ -79,7 +80,7 @@ class DetectionModule(L.LightningModule):
 
     def _normalised(self, images: Sequence[Tensor]) -> Tensor:
         """Return a batch as the weights expect it, padded with what is zero after normalising."""
-        preprocessing = self.detector.backbone.preprocessing
+        preprocessing = backbone_of(self.detector).preprocessing
         mean, std = unit_statistics(preprocessing, self.config.backbone.in_channels)
         normalise = v2.Normalize(list(self.config.image_mean or mean), list(self.config.image_std or std))
         flipped = preprocessing.channel_order == "bgr"
@@ -132,7 +133,7 @@ class DetectionModule(L.LightningModule):
             self.metrics = self.coco_metrics.compute()
         self.log_dict({f"val/{name}": value for name, value in self.metrics.items()}, rank_zero_only=True)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer over all parameters and the learning rate's course by step."""
         train = self.config.train
         optimizer = make_optimizer(parameter_groups(self.detector, train), train)

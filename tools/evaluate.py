@@ -7,11 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
+import lightning as L
 import typer
 from coco_annotations import read_annotations
 from coco_data import CocoImages, make_loader
 from detection_module import DetectionModule, load_detector_state
-from launch import Device, console, make_trainer, readable_errors, require_possible
+from launch import Device, common_settings, console, readable_errors, require_possible
 from reports import print_metrics, save_metrics, save_sheet
 
 from backbone.recipe import load_detector_config
@@ -39,8 +40,8 @@ def main(
         images = CocoImages(annotations, recipe, train=False)
         module = DetectionModule(recipe, images, annotations.class_names)
         load_detector_state(module.detector, weights)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": console.is_terminal}
-    make_trainer(recipe, device, devices=1, **quiet).validate(module, make_loader(images), verbose=False)
+    trainer = L.Trainer(**common_settings(recipe, device), devices=1, logger=False, enable_checkpointing=False)
+    trainer.validate(module, make_loader(images), verbose=False)
     print_metrics(module.metrics, console)
     if json_file:
         save_metrics(module.metrics, json_file)

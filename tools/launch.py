@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, Final
 
-import lightning as L  # noqa: N812 - Lightning's own spelling
 import torch
 import typer
 from rich.console import Console
@@ -60,19 +59,19 @@ def accelerator_of(device: Device) -> str:
     return "gpu" if device is not Device.CPU and torch.cuda.is_available() else "cpu"
 
 
-def make_trainer(config: DetectorConfig, device: Device, **settings: Any) -> L.Trainer:
-    """Return Lightning's trainer with what training and evaluation have in common."""
+def common_settings(config: DetectorConfig, device: Device) -> dict[str, Any]:
+    """Return the settings of Lightning's trainer that training and evaluation share; quieten what it has to say."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what it found of hardware, and its tips
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    return L.Trainer(
-        accelerator=accelerator_of(device),
-        precision=config.train.precision,
-        use_distributed_sampler=False,  # ours gives each image once, and tells its epoch
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        **settings,
-    )
+    return {
+        "accelerator": accelerator_of(device),
+        "precision": config.train.precision,
+        "use_distributed_sampler": False,  # ours gives each image once, and tells its epoch
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "enable_progress_bar": console.is_terminal,
+    }
 
 
 _NOISE: Final = (

@@ -7,6 +7,7 @@ from typing import Any, Final, get_args
 import torch
 from torch import nn
 
+from backbone.hosts.torchvision import TorchvisionBackbone
 from backbone.recipe import Part, TrainConfig
 
 PARTS: Final = get_args(Part)
@@ -14,9 +15,16 @@ WARMUP_START: Final = 0.001
 MOMENTUM: Final = 0.9
 
 
+def backbone_of(detector: nn.Module) -> TorchvisionBackbone:
+    """Return the backbone of a detector or segmenter, with its pyramid."""
+    backbone = detector.backbone
+    assert isinstance(backbone, TorchvisionBackbone)
+    return backbone
+
+
 def parts_of(detector: nn.Module) -> dict[str, Part]:
     """Return the part each parameter belongs to, by name: a stage of the backbone, the pyramid or the head."""
-    backbone = detector.backbone
+    backbone = backbone_of(detector)
     parts = {id(p): stage for stage, modules in backbone.stages.items() for p in modules.parameters()}
     pyramid = backbone.fpn.parameters() if backbone.fpn is not None else ()
     parts.update({id(parameter): "pyramid" for parameter in pyramid})

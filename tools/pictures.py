@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -12,6 +13,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 
 PALETTE: Final = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000")
 MIN_SCORE: Final = 0.5
+FONT: Final = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 SIDE: Final = 320
 """Shorter side of a picture on the sheet, in pixels."""
 
@@ -76,27 +78,37 @@ def draw(image: Tensor, found: Mapping[str, Any], class_names: Sequence[str]) ->
     canvas = (v2.functional.resize(image, size, antialias=True).clamp(0, 1) * 255).to(torch.uint8)
     if "classes" in found:
         classes = v2.functional.resize(found["classes"][None], size, v2.InterpolationMode.NEAREST)[0]
-        masks = torch.stack([classes == label for label in range(1, len(class_names) + 1)])
-        return draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors_of(range(1, len(masks) + 1)))
+        labels = list(range(1, len(class_names) + 1))
+        masks = torch.stack([classes == label for label in labels])
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors_of(labels))
+    else:
+        canvas = _draw_objects(canvas, found, class_names, factor)
+    return canvas
+
+
+def _draw_objects(canvas: Tensor, found: Mapping[str, Any], class_names: Sequence[str], factor: float) -> Tensor:
+    """Draw what is on an image that was enlarged by ``factor``; of predictions only those with enough score."""
     kept = found["scores"] >= MIN_SCORE if "scores" in found else torch.ones(len(found["labels"]), dtype=torch.bool)
-    if not kept.any():
-        return canvas
     labels = found["labels"][kept].tolist()
-    if "masks" in found:
-        masks = found["masks"][kept].reshape(len(labels), *image.shape[-2:]).float()
-        masks = v2.functional.resize(masks, size) >= 0.5
-        canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colors_of(labels))
+    if not labels:
+        return canvas
     titles = [class_names[label - 1] for label in labels]
     if "scores" in found:
-        scores = found["scores"][kept].tolist()
-        titles = [f"{title} {score:.2f}" for title, score in zip(titles, scores, strict=True)]
-    canvas = draw_bounding_boxes(canvas, found["boxes"][kept] * factor, titles, colors_of(labels), width=2)
+        titles = [f"{title} {score:.2f}" for title, score in zip(titles, found["scores"][kept].tolist(), strict=True)]
+    if "masks" in found:
+        masks = found["masks"][kept].flatten(0, -3).float()  # predicted ones are (N, 1, H, W)
+        masks = v2.functional.resize(masks, list(canvas.shape[-2:])) >= 0.5
+        canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colors_of(labels))
+    canvas = draw_bounding_boxes(
+        canvas, found["boxes"][kept] * factor, titles, colors_of(labels), width=3, font=FONT, font_size=18,
+        label_colors=["white"] * len(labels), label_background_colors=colors_of(labels),
+    )  # fmt: skip
     if "keypoints" in found:
         points = found["keypoints"][kept]
         canvas = draw_keypoints(canvas, points[..., :2] * factor, points[..., 2] > 0, colors="yellow", radius=4)
     return canvas
 
 
-def colors_of(labels: Sequence[int] | range) -> list[str]:
+def colors_of(labels: Sequence[int]) -> list[str]:
     """Return a colour for each label, the same for the same label."""
     return [PALETTE[(label - 1) % len(PALETTE)] for label in labels]

@@ -43,7 +43,7 @@ def save_metrics(content: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(_without_nan(content), indent=1) + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _without_nan(each) for key, each in value.items()}
     if isinstance(value, list):

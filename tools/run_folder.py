@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from callbacks import load_checkpoint
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from backbone.recipe import DetectorConfig
@@ -23,6 +22,7 @@ class RunFolder:
         out: The folder.
         config: The recipe.
         resume: Whether to go on with the run that is there.
+        is_first_process: The others find the run that the first one has just begun.
 
     Attributes:
         checkpoint: Of the last finished epoch, when the run goes on from one.
@@ -33,10 +33,10 @@ class RunFolder:
             the recipe describes another detector.
     """
 
-    def __init__(self, out: Path, config: DetectorConfig, *, resume: bool) -> None:
+    def __init__(self, out: Path, config: DetectorConfig, *, resume: bool, is_first_process: bool = True) -> None:
         self.out, self.recipe, last = out, out / "recipe.yaml", out / f"{CHECKPOINT}.ckpt"
         held = self.recipe.exists() or last.exists()
-        if held and not resume and rank_zero_only.rank == 0:  # to the other processes it is the run they belong to
+        if held and not resume and is_first_process:
             raise ValueError(f"--out {out} already holds a run; go on with it by --resume, or choose another folder")
         if resume and not held:
             raise ValueError(f"--resume needs a run in --out, and {out} holds none; check the path, or drop --resume")

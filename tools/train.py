@@ -15,15 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final
 
-import lightning as L  # noqa: N812 - Lightning's own spelling
+import lightning as L
 import typer
 from callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
 from coco_annotations import Annotations, read_annotations
 from coco_data import CocoImages, make_loader
 from detection_module import DetectionModule, portable_state
-from launch import Device, console, make_trainer, readable_errors, require_possible
+from launch import Device, common_settings, console, readable_errors, require_possible
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from parameter_groups import backbone_of
 from pictures import save_curves
 from reports import main_metrics, print_metrics, save_metrics, save_sheet
 from run_folder import CHECKPOINT, RunFolder
@@ -34,15 +35,15 @@ from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
 SPLITS: Final = ("train", "val")
 
 
-def trainer_for(config: DetectorConfig, out: Path, device: Device, devices: int, num_nodes: int) -> L.Trainer:
+def trainer_for(
+    config: DetectorConfig, out: Path, history: History, device: Device, devices: int, num_nodes: int
+) -> L.Trainer:
     """Return Lightning's trainer: its strategies, precision, clipping, logging and our callbacks."""
     schedule = FreezeSchedule(config.train.freeze_schedule or {0: config.backbone.freeze_at})
-    history = History(console, main_metric="mIoU" if config.detector in SEGMENTERS else "AP50")
     checkpoint = ModelCheckpoint(out, CHECKPOINT, save_on_train_epoch_end=True, enable_version_counter=False)
-    bar = console.is_terminal
-    return make_trainer(
-        config,
-        device,
+    bars = [RichProgressBar()] if console.is_terminal else []
+    return L.Trainer(
+        **common_settings(config, device),
         devices=devices,
         num_nodes=num_nodes,
         strategy="ddp" if devices * num_nodes > 1 else "auto",
@@ -51,9 +52,8 @@ def trainer_for(config: DetectorConfig, out: Path, device: Device, devices: int,
         check_val_every_n_epoch=config.train.validate_every,
         log_every_n_steps=1,
         logger=TensorBoardLogger(out, name=None, version="tensorboard"),
-        callbacks=[FreezeByEpoch(schedule, console), history, checkpoint, *([RichProgressBar()] if bar else [])],
+        callbacks=[FreezeByEpoch(schedule, console), history, checkpoint, *bars],
         plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=bar,
     )
 
 
@@ -64,7 +64,7 @@ def save_results(
     names = ("model.pth", "backbone.pth", "metrics.json", "curves.png", "sheet.png")
     model, backbone, metrics, curves, sheet = paths = [out / name for name in names]
     save_atomically(portable_state(module.detector), model)
-    save_atomically(portable_state(module.detector.backbone.body), backbone)
+    save_atomically(portable_state(backbone_of(module.detector).body), backbone)
     save_metrics({"metrics": module.metrics, "epochs": history.epochs}, metrics)
     save_curves(history.epochs, main_metrics(module.metrics), curves)
     save_sheet(module, images, class_names, sheet)
@@ -102,8 +102,9 @@ def main(
         splits = {split: read_annotations(data, split, recipe) for split in SPLITS}
         require_same_categories(splits)
         images = {split: CocoImages(each, recipe, train=split == "train") for split, each in splits.items()}
-        run = RunFolder(out, recipe, resume=resume)
-        trainer = trainer_for(recipe, out, device, devices, num_nodes)
+        history = History(console, main_metric="mIoU" if recipe.detector in SEGMENTERS else "AP50")
+        trainer = trainer_for(recipe, out, history, device, devices, num_nodes)
+        run = RunFolder(out, recipe, resume=resume, is_first_process=trainer.is_global_zero)
         if trainer.is_global_zero:
             for each in splits.values():
                 console.print(each.summary())
@@ -120,7 +121,6 @@ def main(
         trainer.fit(module, loaders["train"], loaders["val"], ckpt_path=run.checkpoint)
     trainer.validate(module, loaders["val"], verbose=False)
     if trainer.is_global_zero:
-        history = next(callback for callback in trainer.callbacks if isinstance(callback, History))
         print_metrics(module.metrics, console)
         for path in save_results(module, history, images["val"], class_names, out):
             console.print(str(path))

@@ -1,0 +1,113 @@
+"""tools/evaluate.py and the metrics: against torchmetrics, and the same after training as from the saved weights."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchmetrics.detection import MeanAveragePrecision
+from training import IGNORED_WARNINGS, TOOLS, copy_of, data, invoke, recipe, train
+
+sys.path.append(str(TOOLS))
+import evaluate
+from coco_annotations import Annotations, read_annotations
+from coco_data import CocoImages
+from coco_metrics import CocoMetrics
+from reports import save_metrics
+
+from backbone.recipe import DetectorConfig
+
+pytestmark = [pytest.mark.filterwarnings(each) for each in IGNORED_WARNINGS]
+__all__ = ["data"]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert train(recipe("mask_rcnn", train={"epochs": 1}), data, out).exit_code == 0
+    return out
+
+
+def test_saved_weights_measure_what_training_ended_with(run: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["--weights", str(run / "model.pth"), "--json", f"{tmp_path}/m.json", "--sheet", f"{tmp_path}/s.png"]
+    result = invoke(evaluate, recipe("mask_rcnn"), data, tmp_path / "evaluation", *arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "m.json").read_text()) == json.loads((run / "metrics.json").read_text())["metrics"]
+    assert (tmp_path / "s.png").stat().st_size > 10_000
+
+
+BAD_WEIGHTS = {
+    "absent": (lambda file: None, "must be an existing file"),
+    "damaged": (lambda file: file.write_bytes(b"PK no checkpoint"), "cannot be read as a checkpoint"),
+    "other": (lambda file: torch.save({"weight": torch.ones(1)}, file), "does not fit the recipe's detector"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_weights_that_cannot_be_loaded_are_named(case: str, data: Path, tmp_path: Path) -> None:
+    prepare, message = BAD_WEIGHTS[case]
+    file = tmp_path / "model.pth"
+    prepare(file)
+    result = invoke(evaluate, recipe(), data, tmp_path / "evaluation", "--weights", str(file))
+    assert result.exit_code == 2
+    assert str(file) in result.stderr
+    assert message in result.stderr
+
+
+def annotations_of(data: Path) -> Annotations:
+    return read_annotations(data, "train", DetectorConfig.model_validate(recipe("mask_rcnn")))
+
+
+def noisy_predictions(images: CocoImages, noise: float) -> dict[int, dict[str, torch.Tensor]]:
+    """Return the truth moved by some pixels, with some labels wrong and random scores."""
+    predictions = {}
+    for index, image_id in enumerate(images.ids):
+        target = images[0, index][1]
+        count = len(target["labels"])
+        wrong = torch.rand(count) < noise / 10
+        predictions[image_id] = {
+            "boxes": target["boxes"] + noise * torch.randn(count, 4).clamp(-1, 1),
+            "labels": torch.where(wrong, target["labels"] % 4 + 1, target["labels"]),
+            "scores": torch.rand(count),
+            "masks": target["masks"][:, None].float(),
+        }
+    return predictions
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_average_precision_is_that_of_torchmetrics(noise: float, data: Path) -> None:
+    annotations, config = annotations_of(data), DetectorConfig.model_validate(recipe("mask_rcnn"))
+    images = CocoImages(annotations, config, train=False)
+    ours = CocoMetrics(images.coco, annotations.class_names, "mask_rcnn")
+    theirs = MeanAveragePrecision(iou_type="bbox", class_metrics=True)
+    for index, (image_id, prediction) in enumerate(noisy_predictions(images, noise).items()):
+        ours.add(image_id, prediction)
+        theirs.update([prediction], [images[0, index][1]])
+    found, expected = ours.compute(), theirs.compute()
+    assert found["AP"] == pytest.approx(float(expected["map"]), abs=1e-6)
+    assert found["AP50"] == pytest.approx(float(expected["map_50"]), abs=1e-6)
+    classes = [found[f"AP/{name}"] for name in annotations.class_names]
+    assert classes == pytest.approx(expected["map_per_class"].tolist(), abs=1e-6)
+    assert (found["AP"] == pytest.approx(1.0)) == (noise == 0)
+    assert found["segm/AP"] == pytest.approx(1.0) or noise > 0
+
+
+def test_a_detector_that_finds_nothing_has_no_precision(data: Path) -> None:
+    annotations = annotations_of(data)
+    images = CocoImages(annotations, DetectorConfig.model_validate(recipe("mask_rcnn")), train=False)
+    assert CocoMetrics(images.coco, annotations.class_names, "mask_rcnn").compute()["AP50"] == 0
+
+
+def test_a_class_without_annotations_is_null_in_the_file(data: Path, tmp_path: Path) -> None:
+    file = copy_of(data, tmp_path / "copy") / "annotations" / "train.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [each for each in content["annotations"] if each["category_id"] != 2]
+    file.write_text(json.dumps(content))
+    annotations = annotations_of(tmp_path / "copy")
+    images = CocoImages(annotations, DetectorConfig.model_validate(recipe("mask_rcnn")), train=False)
+    metrics = CocoMetrics(images.coco, annotations.class_names, "faster_rcnn").compute()
+    assert math.isnan(metrics["AP/square"])
+    save_metrics(metrics, tmp_path / "metrics.json")
+    assert json.loads((tmp_path / "metrics.json").read_text())["AP/square"] is None
