@@ -3,7 +3,9 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_saved_weights_measure_what_training_ended_with(run: Path, data: Path, t
     assert (tmp_path / "s.png").stat().st_size > 10_000
 
 
-BAD_WEIGHTS = {
+BAD_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absent": (lambda file: None, "must be an existing file"),
     "damaged": (lambda file: file.write_bytes(b"PK no checkpoint"), "cannot be read as a checkpoint"),
     "other": (lambda file: torch.save({"weight": torch.ones(1)}, file), "does not fit the recipe's detector"),

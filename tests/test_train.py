@@ -232,7 +232,9 @@ def test_a_damaged_checkpoint_is_named(data: Path, finished: Path, tmp_path: Pat
 
 def test_a_loss_that_is_no_number_stops_with_the_images(data: Path, tmp_path: Path) -> None:
     said = refusal(recipe(train={"learning_rate": 1e30, "warmup_steps": 0}), data, tmp_path / "run")
-    assert re.search(r"the loss is nan in step \d+ of epoch 0: classification nan, .*: \d{6}.png, \d{6}.png\.", said)
+    assert re.search(
+        r"the loss is nan in step \d+ of epoch 0: loss_classification nan, .*: \d{6}.png, \d{6}.png\.", said
+    )
 
 
 def test_results_are_complete_and_the_backbone_starts_another_recipe(

@@ -7,7 +7,7 @@ that a resumed run sees what the interrupted one would have seen.
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -156,9 +156,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __init__(self, dataset: CocoImages, *, rank: int, world_size: int, seed: int | None) -> None:
         self.epoch, self.indices = 0, range(rank, len(dataset), world_size)
-        self.shuffled: DistributedSampler[tuple[Tensor, Target]] | None = None
+        self.shuffled: DistributedSampler[int] | None = None
         if seed is not None:
-            self.shuffled = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+            everything = cast(Dataset[int], range(len(dataset)))
+            self.shuffled = DistributedSampler(everything, world_size, rank, shuffle=True, seed=seed, drop_last=True)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; Lightning does."""

@@ -39,7 +39,10 @@ class CocoMetrics:
     """
 
     def __init__(self, coco: COCO, class_names: list[str], detector: DetectorName) -> None:
-        self.coco, self.class_names = as_coco(copy.deepcopy(coco.dataset)), class_names  # COCOeval changes what it is given
+        self.coco, self.class_names = (
+            as_coco(copy.deepcopy(coco.dataset)),
+            class_names,
+        )  # COCOeval changes what it is given
         self.category_ids = sorted(coco.cats)
         self.results: dict[IouType, list[Result]] = {kind: [] for kind in IOU_TYPES.get(detector, ("bbox",))}
 

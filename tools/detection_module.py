@@ -90,7 +90,7 @@ class DetectionModule(L.LightningModule):
         """Return the sum of the losses; stop where it is no number."""
         images, targets = batch
         torch.manual_seed(step_seed(self.config.train.seed, self.global_step, self.global_rank))
-        losses: dict[str, Tensor] = self(images, targets)
+        losses = {f"loss_{name.removeprefix('loss_')}": loss for name, loss in self(images, targets).items()}
         total = torch.stack(list(losses.values())).sum()
         if not math.isfinite(total.item()):
             values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())

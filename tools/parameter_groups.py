@@ -25,9 +25,11 @@ def backbone_of(detector: nn.Module) -> TorchvisionBackbone:
 def parts_of(detector: nn.Module) -> dict[str, Part]:
     """Return the part each parameter belongs to, by name: a stage of the backbone, the pyramid or the head."""
     backbone = backbone_of(detector)
-    parts = {id(p): stage for stage, modules in backbone.stages.items() for p in modules.parameters()}
-    pyramid = backbone.fpn.parameters() if backbone.fpn is not None else ()
-    parts.update({id(parameter): "pyramid" for parameter in pyramid})
+    parts: dict[int, Part] = {}
+    for part in PARTS[: PARTS.index("pyramid")]:
+        parts |= {id(parameter): part for module in backbone.stages.get(part, ()) for parameter in module.parameters()}
+    if backbone.fpn is not None:
+        parts |= {id(parameter): "pyramid" for parameter in backbone.fpn.parameters()}
     return {name: parts.get(id(parameter), "head") for name, parameter in detector.named_parameters()}
 
 

@@ -75,7 +75,7 @@ def draw(image: Tensor, found: Mapping[str, Any], class_names: Sequence[str]) ->
     """Return the image (3, H, W), enlarged, with boxes, masks, keypoints or classes drawn on it, as uint8."""
     factor = max(1.0, SIDE / min(image.shape[-2:]))
     size = [round(side * factor) for side in image.shape[-2:]]
-    canvas = (v2.functional.resize(image, size, antialias=True).clamp(0, 1) * 255).to(torch.uint8)
+    canvas: Tensor = (v2.functional.resize(image, size, antialias=True).clamp(0, 1) * 255).to(torch.uint8)
     if "classes" in found:
         classes = v2.functional.resize(found["classes"][None], size, v2.InterpolationMode.NEAREST)[0]
         labels = list(range(1, len(class_names) + 1))
