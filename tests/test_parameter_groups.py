@@ -76,7 +76,7 @@ def test_parts_follow_the_model() -> None:
 
 
 def test_a_multiplier_of_a_part_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="must name parts that the detector has, stem, c2, .* head; got pyramid"):
+    with pytest.raises(ValueError, match=r"must name parts that the detector has, stem, c2, .* head; got pyramid"):
         groups_of(detector("fcn"), lr_multipliers={"pyramid": 0.1})
 
 

@@ -39,10 +39,8 @@ class CocoMetrics:
     """
 
     def __init__(self, coco: COCO, class_names: list[str], detector: DetectorName) -> None:
-        self.coco, self.class_names = (
-            as_coco(copy.deepcopy(coco.dataset)),
-            class_names,
-        )  # COCOeval changes what it is given
+        self.coco = as_coco(copy.deepcopy(coco.dataset))  # COCOeval changes what it is given
+        self.class_names = class_names
         self.category_ids = sorted(coco.cats)
         self.results: dict[IouType, list[Result]] = {kind: [] for kind in IOU_TYPES.get(detector, ("bbox",))}
 

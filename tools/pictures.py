@@ -40,6 +40,7 @@ def save_curves(epochs: Sequence[Mapping[str, float]], main_metrics: Sequence[st
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0.5, len(epochs) + 0.5)
         axes.locator_params(axis="x", integer=True)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
@@ -101,7 +102,7 @@ def _draw_objects(canvas: Tensor, found: Mapping[str, Any], class_names: Sequenc
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colors_of(labels))
     canvas = draw_bounding_boxes(
         canvas, found["boxes"][kept] * factor, titles, colors_of(labels), width=3, font=FONT, font_size=18,
-        label_colors=["white"] * len(labels), label_background_colors=colors_of(labels),
+        label_colors=["white"] * len(labels), fill_labels=True,
     )  # fmt: skip
     if "keypoints" in found:
         points = found["keypoints"][kept]
