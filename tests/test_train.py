@@ -225,6 +225,11 @@ def test_nothing_to_resume_is_said(data: Path, tmp_path: Path) -> None:
     assert "--resume needs a run in --out" in refusal(recipe(), data, tmp_path / "none", "--resume")
 
 
+def test_a_refused_recipe_leaves_no_run_behind(data: Path, tmp_path: Path) -> None:
+    assert "batch_size must be at most 8" in refusal(recipe(train={"batch_size": 9}), data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_is_named(data: Path, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes((finished / "last.ckpt").read_bytes()[:5000])
     assert "last.ckpt: cannot be read as a checkpoint" in refusal(recipe(), data, tmp_path, "--resume")

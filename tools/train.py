@@ -105,10 +105,6 @@ def main(
         history = History(console, main_metric="mIoU" if recipe.detector in SEGMENTERS else "AP50")
         trainer = trainer_for(recipe, out, history, device, devices, num_nodes)
         run = RunFolder(out, recipe, resume=resume, is_first_process=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            for each in splits.values():
-                console.print(each.summary())
-            run.begin(config, console)
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         loaders = {split: make_loader(each, **ranks) for split, each in images.items()}
         class_names, steps = splits["val"].class_names, len(loaders["train"])
@@ -117,6 +113,9 @@ def main(
         module = DetectionModule(
             recipe, images["val"], class_names, steps_per_epoch=steps, num_steps=steps * recipe.train.epochs
         )
+        if trainer.is_global_zero:  # nothing is written before all that can be checked has been
+            console.print("\n".join(each.summary() for each in splits.values()))
+            run.begin(config, console)
     with readable_errors(FloatingPointError):
         trainer.fit(module, loaders["train"], loaders["val"], ckpt_path=run.checkpoint)
     trainer.validate(module, loaders["val"], verbose=False)
