@@ -1,0 +1,212 @@
+"""What a checkpoint is: its format, where in it the network is, every key explained, and which network."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from backbone.blocks import BasicBlock, Bottleneck
+from backbone.resnet import FAMILY, STEM_CHANNELS, Variant
+from backbone.weights.caffe2 import CAFFE2
+from backbone.weights.detectron2 import DETECTRON2
+from backbone.weights.metadata import Metadata
+from backbone.weights.mmdetection import MMDETECTION
+from backbone.weights.reading import Checkpoint
+from backbone.weights.report import listed
+from backbone.weights.schemes import Format, KeyScheme, State
+from backbone.weights.self_supervised import SELF_SUPERVISED
+from backbone.weights.timm import TIMM
+from backbone.weights.torchvision import TORCHVISION, TORCHVISION_DETECTION
+from backbone.weights.transformers import TRANSFORMERS
+
+FORMATS: Final = (
+    MMDETECTION,
+    SELF_SUPERVISED,
+    TIMM,
+    TORCHVISION_DETECTION,
+    TORCHVISION,
+    DETECTRON2,
+    CAFFE2,
+    TRANSFORMERS,
+)
+"""In the order they are asked: of those that share torchvision's names the most particular first."""
+
+WRAPPERS: Final = re.compile(
+    "(model_)?state_dict(_ema)?|ema_state_dict|model(_ema|_state)?|ema|network|net|weights|params|blobs|"
+    "module|_orig_mod|backbone|body|bottom_up|encoder|resnet|trunk|conv_encoder|0|"
+    "encoder_[qk]|(base|momentum|online|target)_encoder|teacher|student"
+)
+"""Words that may stand before the network's own names, as wrappers or as modules. ``0`` is DETR's backbone.0.body."""
+
+TWINS: Final = (
+    ("ema", "model"),
+    ("ema", "state_dict"),
+    ("model_ema", "model"),
+    ("ema_state_dict", "state_dict"),
+    ("state_dict_ema", "state_dict"),
+    ("encoder_q", "encoder_k"),
+    ("base_encoder", "momentum_encoder"),
+    ("online_encoder", "target_encoder"),
+    ("teacher", "student"),
+)
+"""Of two copies of one network the first is taken: the average that is evaluated; in MoCo and BYOL the trained one."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A checkpoint, translated.
+
+    Attributes:
+        format: Its format; None for names of the network's own, which no format here has.
+        why: By what it was recognised.
+        prefix: What stood before the network's keys.
+        state: The network's tensors under our names.
+        dropped: Keys of the file that are explained and no part of the network, by reason.
+        unexplained: Keys of the file that nothing explains.
+        additions: What the format left out and was added, in words.
+        metadata: What is known or assumed of the training.
+    """
+
+    format: Format | None
+    why: str
+    prefix: str
+    state: State
+    dropped: Mapping[str, list[str]]
+    unexplained: list[str]
+    additions: list[str]
+    metadata: Metadata
+
+
+@dataclass
+class _Candidate:
+    scheme: KeyScheme | None
+    prefix: str
+    names: dict[str, str] = field(default_factory=dict)  # ours by theirs
+
+
+def recognise(checkpoint: Checkpoint, is_own: Callable[[str], bool] = lambda key: False) -> Recognised:
+    """Find the network in a checkpoint and translate its names to ours.
+
+    Args:
+        checkpoint: What was read.
+        is_own: Whether a key is one of the network's that is to be filled, for networks that no format knows.
+
+    Raises:
+        ValueError: If there is no network in it, or more than one and no rule says which.
+    """
+    candidate = _choose(checkpoint, _candidates(checkpoint, is_own))
+    signs = ((f, f.sign(checkpoint, candidate.prefix)) for f in FORMATS if f.scheme is candidate.scheme)
+    chosen, why = next(((f, sign) for f, sign in signs if sign), (None, "the network's own names"))
+    state: State = {}
+    dropped: dict[str, list[str]] = {}
+    unexplained = []
+    for key, tensor in checkpoint.tensors.items():
+        ours, reason = candidate.names.get(key), None
+        if ours is None:
+            ours, reason = _explained(key, candidate.prefix, chosen)
+        if reason:
+            dropped.setdefault(reason, []).append(key)
+        elif ours and ours not in state:
+            state[ours] = tensor
+        else:
+            unexplained.append(key)
+    for key in checkpoint.beside:
+        dropped.setdefault(f"no tensors: {key.partition('.')[0]}", []).append(key)
+    state, additions = chosen.complete(state) if chosen else (state, [])
+    assumed = chosen.metadata(checkpoint, state) if chosen else Metadata("nothing")
+    metadata = checkpoint.facts or assumed
+    return Recognised(chosen, why, candidate.prefix, state, dropped, unexplained, additions, metadata)
+
+
+def _candidates(checkpoint: Checkpoint, is_own: Callable[[str], bool]) -> list[_Candidate]:
+    """Return every place where a network may be, with its keys, by each scheme that knows some of them."""
+    found: dict[tuple[int, str], _Candidate] = {}
+    schemes: list[KeyScheme | None] = [*{id(f.scheme): f.scheme for f in FORMATS}.values(), None]
+    for key in checkpoint.tensors:
+        for prefix, rest in _splits(key):
+            for scheme in schemes:
+                ours = scheme.to_ours(rest) if scheme else rest if is_own(rest) else None
+                if ours:
+                    place = found.setdefault((id(scheme), prefix), _Candidate(scheme, prefix))
+                    place.names[key] = ours
+    return list(found.values())
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Return the ways to part ``key`` into wrappers and a name: "", then one wrapper more at a time."""
+    words = key.split(".")
+    for count in range(len(words)):
+        yield "".join(f"{word}." for word in words[:count]), ".".join(words[count:])
+        if not WRAPPERS.fullmatch(words[count]):
+            break
+
+
+def _choose(checkpoint: Checkpoint, candidates: list[_Candidate]) -> _Candidate:
+    if not candidates:
+        raise ValueError(
+            f"{checkpoint.source}: holds no network that is known here: none of its keys has a ResNet's name in any "
+            f"format ({', '.join(f.name for f in FORMATS)}) behind known wrappers; got "
+            f"{listed('tensors', list(checkpoint.tensors))}"
+        )
+    most = max(len(candidate.names) for candidate in candidates)
+    large = [c for c in candidates if 2 * len(c.names) > most]
+    best = {p: max((c for c in large if c.prefix == p), key=lambda c: len(c.names)) for p in {c.prefix for c in large}}
+    words = {prefix: prefix.split(".") for prefix in best}
+    chosen = [
+        prefix
+        for prefix in best
+        if not any(
+            other in words[prefix] and better not in words[prefix] and any(better in words[p] for p in best)
+            for better, other in TWINS
+        )
+    ]
+    if len(chosen) != 1:
+        raise ValueError(
+            f"{checkpoint.source}: must hold one network, got one under each of "
+            f"{', '.join(map(repr, sorted(chosen)))}; save the one you mean by itself"
+        )
+    return best[chosen[0]]
+
+
+def _explained(key: str, prefix: str, chosen: Format | None) -> tuple[str | None, str | None]:
+    """Return our name of a key that lies beside the network's prefix, or the reason why it is none of the network's."""
+    if key.startswith(prefix):
+        rest = key.removeprefix(prefix)
+        heads = chosen.heads if chosen else {}
+        return None, next((reason for pattern, reason in heads.items() if re.fullmatch(pattern, rest)), None)
+    words, inside = key.split("."), prefix.split(".")
+    shared = next(count for count, word in enumerate(words) if count >= len(inside) or word != inside[count])
+    rest = ".".join(words[shared:])
+    if chosen and chosen.beside and rest.startswith(chosen.beside[0]):
+        return chosen.beside[1] + rest.removeprefix(chosen.beside[0]), None
+    return None, f"outside {prefix}: {'.'.join(words[: shared + 1])}"
+
+
+def network_name(state: State) -> str | None:
+    """Return the registered name of the ResNet with these tensors; None if the family has none such."""
+    variant = _variant(state)
+    return next((name for name, known in FAMILY.items() if known == variant), None)
+
+
+def describe_network(state: State) -> str:
+    """Return the network's name, or in words what it is that the family does not have."""
+    variant = _variant(state)
+    if variant is None:
+        return "no ResNet of this family"
+    name = network_name(state)
+    return name or (
+        f"no ResNet of this family: {variant.block.__name__}, depths {variant.depths}, {variant.groups} groups of "
+        f"{variant.width_per_group} channels"
+    )
+
+
+def _variant(state: State) -> Variant | None:
+    blocks = [(int(m[1]), int(m[2])) for key in state if (m := re.match(r"layer([1-4])\.([0-9]+)\.", key))]
+    depths = [1 + max((block for number, block in blocks if number == stage), default=-1) for stage in (1, 2, 3, 4)]
+    middle = state.get("layer1.0.conv2.weight")
+    if middle is None or middle.ndim != 4 or 0 in middle.shape[:2]:  # noqa: PLR2004
+        return None
+    block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
+    groups = middle.shape[0] // middle.shape[1]
+    width = middle.shape[0] // max(groups, 1) if block is Bottleneck else STEM_CHANNELS
+    return Variant(block, (depths[0], depths[1], depths[2], depths[3]), groups, width)

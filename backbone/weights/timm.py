@@ -1,0 +1,45 @@
+"""timm: the plain ResNets, ResNeXts and Wide ResNets have torchvision's names; their wrappers are its own."""
+
+from typing import Any, Final
+
+from backbone.features import Preprocessing
+from backbone.weights.metadata import Metadata
+from backbone.weights.reading import Checkpoint
+from backbone.weights.schemes import Format, State
+from backbone.weights.torchvision import NAMES
+
+PREFIX: Final = "timm/"
+
+
+def _sign(checkpoint: Checkpoint, prefix: str) -> str | None:
+    if prefix.startswith("state_dict_ema."):
+        return "its training checkpoint's state_dict_ema"
+    return "its training checkpoint's arch and version" if {"arch", "version"} <= checkpoint.notes.keys() else None
+
+
+def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
+    return Metadata("timm's convention", preprocessing=Preprocessing(), stride_in_1x1=False)
+
+
+TIMM: Final = Format("timm", NAMES, _sign, _metadata)
+
+
+def download(source: str) -> Checkpoint:
+    """Return the weights of ``timm/<model>``, fetched by timm's own hub code.
+
+    Raises:
+        ImportError: If timm is not installed.
+        ValueError: If timm cannot give them; says why.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise ImportError(f"{source} needs timm; install it with: pip install timm") from None
+    try:
+        model = timm.create_model(source.removeprefix(PREFIX), pretrained=True)
+    except Exception as error:  # RuntimeError, ValueError, and whatever the hub raises
+        raise ValueError(f"{source}: timm gives no such weights: {' '.join(str(error).split())}") from None
+    published: Any = model.pretrained_cfg
+    pixels = Preprocessing(mean=tuple(published["mean"]), std=tuple(published["std"]))
+    facts = Metadata(f"timm publishes it as {source}", known=True, preprocessing=pixels, stride_in_1x1=False)
+    return Checkpoint(source, model.state_dict(), facts=facts)
