@@ -15,7 +15,7 @@ from backbone.features import Backbone, Features, FeatureSpec, Preprocessing
 from backbone.freeze import FreezeSchedule, StageReport, freeze_report, freeze_stages
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, thaw_norms
 from backbone.registry import UnknownBackboneError, list_backbones, register_backbone
-from backbone.weights import load_weights
+from backbone.weights import LoadReport, convert_weights, inspect_weights, load_weights
 
 __all__ = [
     "Backbone",
@@ -24,13 +24,16 @@ __all__ = [
     "Features",
     "FreezeSchedule",
     "FrozenBatchNorm2d",
+    "LoadReport",
     "Preprocessing",
     "StageReport",
     "UnknownBackboneError",
     "build_backbone",
+    "convert_weights",
     "freeze_norms",
     "freeze_report",
     "freeze_stages",
+    "inspect_weights",
     "list_backbones",
     "load_config",
     "load_weights",

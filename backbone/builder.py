@@ -27,7 +27,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     if config.weights is None:
         _warn_if_frozen_at_random(config)
     else:
-        load_weights(backbone, config.weights, name=config.name)
+        load_weights(backbone, config.weights, name=config.name, stem_channels_from=config.stem_channels_from)
     freeze_stages(backbone, config.freeze_at)
     return backbone
 

@@ -79,8 +79,12 @@ class BackboneConfig(StrictModel):
     weights: Annotated[
         str | None,
         BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
-        rule("must be null, a torchvision weights name such as IMAGENET1K_V2, or a .pth or .safetensors path"),
-    ] = Field(default=None, description="torchvision weights name (IMAGENET1K_V1, IMAGENET1K_V2) or a checkpoint path.")
+        rule("must be null, a torchvision weights name such as IMAGENET1K_V2, or a checkpoint's path or address"),
+    ] = Field(
+        default=None,
+        description="torchvision weights name (IMAGENET1K_V2, RetinaNet_ResNet50_FPN_Weights.COCO_V1), checkpoint "
+        "path, URL#sha256=<digest>, timm/<model> or hf://org/repo/file.",
+    )
     norm: Annotated[NormName, rule("must be frozen_bn, bn, sync_bn or gn")] = Field(
         default="frozen_bn", description="Norm layers. frozen_bn never trains; the others do, outside frozen stages."
     )
@@ -105,6 +109,15 @@ class BackboneConfig(StrictModel):
     in_channels: Annotated[int, Field(ge=1), rule("must be an integer of at least 1")] = Field(
         default=3, description="Channels of the input images."
     )
+    stem_channels_from: Annotated[
+        tuple[Annotated[int, Field(ge=0)] | None, ...] | None,
+        Field(strict=False),
+        rule("must be null or a list of one pre-trained channel (0, 1, 2 or null for none) for each input channel"),
+    ] = Field(
+        default=None,
+        description="For each input channel the pre-trained channel whose stem weights it takes, null for zeros: "
+        "[2, 1, 0] feeds RGB to BGR weights. By default RGB weights are summed for 1 channel, repeated for more.",
+    )
     out_features: Annotated[
         tuple[FeatureName, ...],
         Field(min_length=1, strict=False),
@@ -124,6 +137,13 @@ class BackboneConfig(StrictModel):
 
     @model_validator(mode="after")
     def _refuse_impossible_combinations(self) -> "BackboneConfig":
+        chosen = self.stem_channels_from
+        if chosen is not None and (len(chosen) != self.in_channels or self.weights is None):
+            raise ValueError(
+                f"stem_channels_from maps pre-trained weights to in_channels: {self.in_channels}, one entry each; "
+                f"got {list(chosen)} with weights: {self.weights or 'null'}; give weights and {self.in_channels} "
+                f"entries, or remove it"
+            )
         for key in ("out_features", "checkpoint_stages"):
             names = getattr(self, key)
             if len(set(names)) != len(names):

@@ -1,6 +1,6 @@
 """Checkpoints of any library into a backbone, and out again: strict, safe, explained, and all or nothing.
 
-source (sources.py) -> tensors (reading.py) -> format and our names (recognise.py, one file per format) -> checks -> copy
+source (sources.py) -> tensors (reading.py) -> our names (recognise.py, one file per format) -> checks -> copy
 """
 
 import logging
@@ -77,6 +77,8 @@ def load_weights(
     found = recognise(checkpoint, lambda key: key in own or key.startswith(backbone.unbuilt_prefixes))
     preprocessing = found.metadata.preprocessing or Preprocessing()
     state, adapted, reshaped = dict(found.state), list(found.additions), []
+    if stem_channels_from is not None and STEM not in own:
+        raise ValueError(f"stem_channels_from adapts a ResNet's {STEM}, and {name} has none; remove the key")
     if STEM in own and STEM in state and state[STEM].ndim == own[STEM].ndim:
         channels = state[STEM].shape[1]
         mapping = stem_mapping(channels, own[STEM].shape[1], stem_channels_from)

@@ -32,7 +32,7 @@ NAMES: Final = KeyScheme(
 HEADS: Final = {
     "conv1_b": "bias of the stem's convolution, which Detectron ignores too",
     ".*_momentum": "momentum of the optimizer",
-    "(fpn_|rpn_|conv_rpn|bbox_pred|cls_score|fc6_|fc7_|mask_|_mask|_\\[mask|conv5_mask|kps_|conv_fcn|head_conv).*": "detector",
+    "(fpn_|rpn_|conv_rpn|bbox_pred|cls_score|fc6_|fc7_|_?\\[?mask|conv5_mask|kps_|conv_fcn|head_conv).*": "detector",
     "lr|weight_order": "training",
 }
 

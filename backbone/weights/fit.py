@@ -36,7 +36,8 @@ def require_fit(
     broken = [key for key in common if key not in wrong_kind and not _is_sound(key, state[key])]
     if wrong_kind or broken:
         raise ValueError(
-            f"{source}: holds numbers that no trained network has: {listed('not finite, or a negative variance', broken)}; "
+            f"{source}: holds numbers that no trained network has: "
+            f"{listed('not finite, or a negative variance', broken)}; "
             f"{listed('integers for fractions or the reverse', wrong_kind)}; fetch or train it again"
         )
 

@@ -131,7 +131,7 @@ def set_eps(backbone: Backbone, eps: float | None) -> list[str]:
     before = {norm.eps for norm in norms}
     for norm in norms:
         norm.eps = eps  # type: ignore[assignment]
-    return [f"eps of {len(norms)} norms from {', '.join(map(str, sorted(before)))} to {eps}"] if norms else []  # type: ignore[type-var, arg-type]
+    return [f"eps of {len(norms)} norms from {', '.join(map(str, sorted(before)))} to {eps}"] if norms else []  # type: ignore[type-var]
 
 
 def _yaml(value: bool) -> str:

@@ -34,7 +34,7 @@ def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
     order = re.search(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)", config)
     pixels = None
     if mean and std and order:
-        means, stds = (tuple(float(n) for n in found[1].split(",") if n.strip()) for found in (mean, std))
+        means, stds = (tuple(map(float, re.findall(r"[0-9]+(?:\.[0-9]+)?", found[1]))) for found in (mean, std))
         pixels = Preprocessing(means, stds, "rgb" if order[1] == "True" else "bgr", (0.0, 255.0))
     caffe = style[1] == "caffe"
     return Metadata(

@@ -23,7 +23,7 @@ DTYPES: Final = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
 
 _PLAIN: Final = re.compile(
     r"MARK|STOP|POP|POP_MARK|DUP|NONE|NEWTRUE|NEWFALSE|(BIN)?INT[12]?|LONG[14]?|(BIN)?FLOAT|STRING|UNICODE|"
-    r"(SHORT_)?BIN(STRING|BYTES|UNICODE)|SHORT_BINUNICODE|BIN(BYTES|UNICODE)8|EMPTY_(LIST|TUPLE|DICT)|APPENDS?|LIST|"
+    r"(SHORT_)?BIN(STRING|BYTES|UNICODE)|SHORT_BINUNICODE|(BIN(BYTES|UNICODE)|BYTEARRAY)8|EMPTY_(LIST|TUPLE|DICT)|APPENDS?|LIST|"
     r"TUPLE[123]?|DICT|SETITEMS?|(LONG_)?(BIN)?(GET|PUT)|MEMOIZE|PROTO|FRAME|(STACK_)?GLOBAL|REDUCE|BUILD"
 )
 """What arrays and containers need. Not among them: INST, OBJ, NEWOBJ, persistent ids, extensions and sets."""
@@ -52,7 +52,7 @@ def scan(file: BinaryIO, allowed: re.Pattern[str] | None = None) -> None:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         tuples += opcode.name.startswith("TUPLE")
         if allowed is not None and not allowed.fullmatch(opcode.name):
-            raise pickle.UnpicklingError(f"GLOBAL {str(argument or opcode.name).replace(' ', '.')}")
+            raise pickle.UnpicklingError(f"GLOBAL {opcode.name}")
         if count > MAX_OPCODES or tuples > MAX_TUPLES:
             raise ValueError(f"its pickle has more than {MAX_OPCODES} instructions or {MAX_TUPLES} tuples")
         if "PUT" in opcode.name and int(argument or 0) > MAX_OPCODES:  # the memo is a table of that length

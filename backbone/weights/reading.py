@@ -86,10 +86,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def unreadable(error: Exception, source: str, remedy: str) -> ValueError:
     """Explain why a checkpoint could not be read."""
     if not isinstance(error, pickle.UnpicklingError):
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         return ValueError(f"{source}: cannot be read as a checkpoint, it may be truncated; {remedy}. ({first_line})")
     found = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to run the code
-    example = f", such as {found[1]}" if found else ""
+    example = f", such as {found[1][:80]}" if found else ""
     return ValueError(
         f"{source}: not a plain checkpoint of tensors; it was refused without running anything it carries{example}; "
         f"{remedy}"

@@ -111,7 +111,7 @@ def recognise(checkpoint: Checkpoint, is_own: Callable[[str], bool] = lambda key
         else:
             unexplained.append(key)
     for key in checkpoint.beside:
-        dropped.setdefault(f"no tensors: {key.partition('.')[0]}", []).append(key)
+        dropped.setdefault(f"not tensors: {key.partition('.')[0]}", []).append(key)
     state, additions = chosen.complete(state) if chosen else (state, [])
     assumed = chosen.metadata(checkpoint, state) if chosen else Metadata("nothing")
     metadata = checkpoint.facts or assumed
@@ -150,7 +150,9 @@ def _choose(checkpoint: Checkpoint, candidates: list[_Candidate]) -> _Candidate:
         )
     most = max(len(candidate.names) for candidate in candidates)
     large = [c for c in candidates if 2 * len(c.names) > most]
-    best = {p: max((c for c in large if c.prefix == p), key=lambda c: len(c.names)) for p in {c.prefix for c in large}}
+    best: dict[str, _Candidate] = {}
+    for candidate in sorted(large, key=lambda c: (c.scheme is not None, len(c.names))):  # formats before own names
+        best[candidate.prefix] = candidate
     words = {prefix: prefix.split(".") for prefix in best}
     chosen = [
         prefix
@@ -179,7 +181,7 @@ def _explained(key: str, prefix: str, chosen: Format | None) -> tuple[str | None
     rest = ".".join(words[shared:])
     if chosen and chosen.beside and rest.startswith(chosen.beside[0]):
         return chosen.beside[1] + rest.removeprefix(chosen.beside[0]), None
-    return None, f"outside {prefix}: {'.'.join(words[: shared + 1])}"
+    return None, f"beside the network: {words[shared]}"
 
 
 def network_name(state: State) -> str | None:

@@ -36,7 +36,7 @@ def _sign(checkpoint: Checkpoint, prefix: str) -> str:
 
 
 def _sign_of_detector(checkpoint: Checkpoint, prefix: str) -> str | None:
-    return "its names under backbone.body." if prefix.endswith("backbone.body.") else None
+    return f"its names under {prefix}" if prefix.endswith(("backbone.body.", "backbone.0.body.")) else None
 
 
 def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:

@@ -1,5 +1,7 @@
 """transformers: ResNetModel, ResNetBackbone and ResNetForImageClassification."""
 
+import json
+from pathlib import Path
 from typing import Final
 
 from backbone.features import Preprocessing
@@ -26,8 +28,14 @@ def _sign(checkpoint: Checkpoint, prefix: str) -> str:
 
 
 def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
-    # v1.5 unless the model's config.json has downsample_in_bottleneck: true
-    return Metadata("transformers' defaults", preprocessing=Preprocessing(), stride_in_1x1=False)
+    config = Path(checkpoint.source).with_name("config.json")  # save_pretrained writes it beside model.safetensors
+    try:
+        v1 = json.loads(config.read_bytes())["downsample_in_bottleneck"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return Metadata("transformers' defaults", preprocessing=Preprocessing(), stride_in_1x1=False)
+    origin = f"downsample_in_bottleneck in the {config.name} beside it"
+    bottlenecks = "layer1.0.conv3.weight" in state
+    return Metadata(origin, True, Preprocessing(), stride_in_1x1=bool(v1) if bottlenecks else None)
 
 
 TRANSFORMERS: Final = Format("transformers", NAMES, _sign, _metadata, beside=("classifier.1.", "fc."))
