@@ -1,4 +1,4 @@
-"""The installed command ``backbone``: list, describe, extract."""
+"""The installed command ``backbone``: list, describe, extract, inspect, convert."""
 
 import sys
 import tempfile
@@ -24,6 +24,7 @@ from backbone.describe import Description, describe
 from backbone.extract import extract_features, find_images, read_image, refuse_overwriting, save_results
 from backbone.features import Backbone
 from backbone.registry import list_backbones
+from backbone.weights import TARGETS, Inspection, convert_weights, inspect_weights, load_weights
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -64,6 +65,7 @@ def describe_command(
     image_size: Annotated[
         tuple[int, int], typer.Option(metavar="H W", min=1, help="Image height and width in pixels.")
     ] = IMAGENET_SIZE,
+    weights: Annotated[str | None, typer.Option(help="Weights to load, to see whether and how they fit.")] = None,
 ) -> None:
     """Show each stage's shape, parameters and operations."""
     with _readable_errors():
@@ -72,7 +74,35 @@ def describe_command(
         with torch.device("meta"):  # shapes and counts only: no memory, no weights
             model = _build(config.model_copy(update={"weights": None}), backbone if is_file else None)
         description = describe(model, image_size, in_channels=config.in_channels)
+        report = None
+        if weights is not None:
+            model = _build(config.model_copy(update={"weights": None}), backbone if is_file else None)
+            chosen = config.stem_channels_from
+            report = load_weights(model, weights, name=config.name, stem_channels_from=chosen)
     _print_description(config.name, image_size, description)
+    if report is not None:
+        print(report)
+
+
+@app.command("inspect")
+def inspect_command(
+    file: Annotated[str, typer.Argument(help="Checkpoint: a path, or an address as weights take it.")],
+) -> None:
+    """Show what a checkpoint is: format, network, what is known of its training, norms, tensors."""
+    with _readable_errors():
+        inspection = inspect_weights(file)
+    _print_inspection(inspection)
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint of any known format: a path or an address.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .pth, .safetensors; for detectron2 .pkl.")],
+    to: Annotated[str, typer.Option(help=f"Library to write for: {', '.join(TARGETS)}.")],
+) -> None:
+    """Write a checkpoint's network under the names of another library."""
+    with _readable_errors():
+        print(convert_weights(source, out, to))
 
 
 @app.command("extract")
@@ -181,6 +211,29 @@ def _print_description(name: str, image_size: tuple[int, int], description: Desc
     table.add_row("total", "", "", "", "", "", f"{description.parameters:,}", total, "")
     console.print(table)
     console.print(f"{description.megabytes:.1f} MB of weights. GFLOPs are 10^9 multiply-adds for one image.")
+
+
+def _print_inspection(found: Inspection) -> None:
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row("format", Text(f"{found.format} ({found.why})"))
+    facts.add_row("network", Text(found.network))
+    facts.add_row("prefix", Text(found.prefix or "none"))
+    for title, lines in (("training", found.training), ("norms", found.norms)):
+        for line in lines:
+            facts.add_row(title, Text(line))
+    for reason, count in found.dropped.items():
+        facts.add_row("no part of it", Text(f"{reason} ({count})"))
+    for key in found.unexplained:
+        facts.add_row("unexplained", Text(key))
+    console.print(facts)
+    table = Table(box=box.SIMPLE, padding=0)
+    table.add_column("tensor", overflow="fold")
+    for column in ("shape", "dtype"):
+        table.add_column(column)
+    for key, tensor in found.tensors.items():
+        shape = " x ".join(map(str, tensor.shape)) or "scalar"
+        table.add_row(Text(key), shape, str(tensor.dtype).removeprefix("torch."))
+    console.print(table)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from backbone.weights.recognise import network_name
 from backbone.weights.report import listed
 
 
@@ -27,10 +28,11 @@ def require_fit(
     ]
     empty = [key for key in common if state[key].is_meta]
     if missing or unexpected or reshaped or empty:
+        name = network_name(state)
         raise ValueError(
             f"{source}: does not fit this network: {listed('missing', missing)}; {listed('unexpected', unexpected)}; "
             f"{listed('of another shape', reshaped)}; {listed('without data (meta tensors)', empty)}. "
-            f"Choose the name, in_channels and num_classes it was made for"
+            f"Choose the name, in_channels and num_classes it was made for{f' ({name})' if name else ''}"
         )
     wrong_kind = [key for key in common if state[key].is_floating_point() != own[key].is_floating_point()]
     broken = [key for key in common if key not in wrong_kind and not _is_sound(key, state[key])]

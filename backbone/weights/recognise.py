@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from torch import Tensor
+
 from backbone.blocks import BasicBlock, Bottleneck
 from backbone.resnet import FAMILY, STEM_CHANNELS, Variant
 from backbone.weights.caffe2 import CAFFE2
@@ -184,13 +186,13 @@ def _explained(key: str, prefix: str, chosen: Format | None) -> tuple[str | None
     return None, f"beside the network: {words[shared]}"
 
 
-def network_name(state: State) -> str | None:
+def network_name(state: Mapping[str, Tensor]) -> str | None:
     """Return the registered name of the ResNet with these tensors; None if the family has none such."""
     variant = _variant(state)
     return next((name for name, known in FAMILY.items() if known == variant), None)
 
 
-def describe_network(state: State) -> str:
+def describe_network(state: Mapping[str, Tensor]) -> str:
     """Return the network's name, or in words what it is that the family does not have."""
     variant = _variant(state)
     if variant is None:
@@ -202,7 +204,7 @@ def describe_network(state: State) -> str:
     )
 
 
-def _variant(state: State) -> Variant | None:
+def _variant(state: Mapping[str, Tensor]) -> Variant | None:
     blocks = [(int(m[1]), int(m[2])) for key in state if (m := re.match(r"layer([1-4])\.([0-9]+)\.", key))]
     depths = [1 + max((block for number, block in blocks if number == stage), default=-1) for stage in (1, 2, 3, 4)]
     middle = state.get("layer1.0.conv2.weight")

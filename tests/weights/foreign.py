@@ -38,8 +38,8 @@ def folded(model: nn.Module) -> nn.Module:
     """Leave only scale and bias in every norm, as MSRA's and Caffe2's files do."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.zero_()
-            module.running_var.fill_(1 - 1e-5)
+            module.get_buffer("running_mean").zero_()
+            module.get_buffer("running_var").fill_(1 - 1e-5)
     return model
 
 
@@ -76,7 +76,9 @@ def detectron2_names(state: State) -> State:
 
 def caffe2_names(state: State) -> dict[str, Any]:
     """After Detectron's R-50.pkl: blobs res2_0_branch2a_w, res2_0_branch2a_bn_s, fc1000_w, and a stem bias."""
-    letters = tuple((rf"_(conv|bn){n}(?=[._])", rf"_branch2{letter}_\1") for n, letter in ((1, "a"), (2, "b"), (3, "c")))
+    letters = tuple(
+        (rf"_(conv|bn){n}(?=[._])", rf"_branch2{letter}_\1") for n, letter in ((1, "a"), (2, "b"), (3, "c"))
+    )
     stages = tuple((rf"^layer{n}\.(\d+)\.", rf"res{n + 1}_\1_") for n in (1, 2, 3, 4))
     names = renamed(
         {key: value for key, value in state.items() if "running" not in key and "num_batches" not in key},
@@ -121,7 +123,9 @@ def moco(state: State) -> Any:
 
 def dino(state: State) -> Any:
     body = without_classifier(state)
-    student = under("module.backbone.", {k: v + 1 for k, v in body.items()}) | {"module.head.mlp.0.weight": torch.ones(2)}
+    student = under("module.backbone.", {k: v + 1 for k, v in body.items()}) | {
+        "module.head.mlp.0.weight": torch.ones(2)
+    }
     teacher = under("backbone.", body) | {"head.mlp.0.weight": torch.ones(2)}
     return {"student": student, "teacher": teacher, "args": argparse.Namespace(arch="resnet50"), **TRAINING}
 
@@ -144,8 +148,16 @@ WRAPPED: dict[str, tuple[Callable[[State], Any], str, str]] = {
     "DDP": (lambda s: under("module.", s), "torchvision", "module."),
     "compiled": (lambda s: under("_orig_mod.", s), "torchvision", "_orig_mod."),
     "compiled DDP": (lambda s: {"model": under("module._orig_mod.", s)}, "torchvision", "model.module._orig_mod."),
-    "Lightning": (lambda s: {"state_dict": under("model.", s), "loops": {}, **TRAINING}, "torchvision", "state_dict.model."),
-    "torchvision detector": (lambda s: {**under("backbone.body.", s), **HEAD}, "torchvision detection", "backbone.body."),
+    "Lightning": (
+        lambda s: {"state_dict": under("model.", s), "loops": {}, **TRAINING},
+        "torchvision",
+        "state_dict.model.",
+    ),
+    "torchvision detector": (
+        lambda s: {**under("backbone.body.", s), **HEAD},
+        "torchvision detection",
+        "backbone.body.",
+    ),
     "DETR": (lambda s: {"model": under("backbone.0.body.", s)}, "torchvision detection", "model.backbone.0.body."),
     "timm training": (
         lambda s: {"state_dict": {k: v + 1 for k, v in s.items()}, "state_dict_ema": s, "arch": "resnet50", **TRAINING},
@@ -153,7 +165,10 @@ WRAPPED: dict[str, tuple[Callable[[State], Any], str, str]] = {
         "state_dict_ema.",
     ),
     "mmdetection": (
-        lambda s: {"meta": {"mmdet_version": "3.3.0"}, "state_dict": {**under("backbone.", without_classifier(s)), **MM_HEADS}},
+        lambda s: {
+            "meta": {"mmdet_version": "3.3.0"},
+            "state_dict": {**under("backbone.", without_classifier(s)), **MM_HEADS},
+        },
         "mmdetection",
         "state_dict.backbone.",
     ),
@@ -167,7 +182,9 @@ WRAPPED: dict[str, tuple[Callable[[State], Any], str, str]] = {
     "SwAV": (swav, "self-supervised", "module."),
     "detectron2": (lambda s: detectron2_names(without_classifier(s)), "detectron2", ""),
     "detectron2 detector": (
-        lambda s: {"model": under("backbone.bottom_up.", detectron2_names(s)) | {"backbone.fpn_lateral2.weight": s["bn1.bias"]}},
+        lambda s: {
+            "model": under("backbone.bottom_up.", detectron2_names(s)) | {"backbone.fpn_lateral2.weight": s["bn1.bias"]}
+        },
         "detectron2",
         "model.backbone.bottom_up.",
     ),
@@ -189,8 +206,9 @@ def transformers_network(depths: list[int], layer_type: str, **settings: Any) ->
     from transformers import ResNetConfig, ResNetForImageClassification
 
     widths = [64, 128, 256, 512] if layer_type == "basic" else [256, 512, 1024, 2048]
-    model = ResNetForImageClassification(
-        ResNetConfig(depths=depths, hidden_sizes=widths, layer_type=layer_type, num_labels=7, **settings)
+    config: Any = ResNetConfig
+    model: Any = ResNetForImageClassification(
+        config(depths=depths, hidden_sizes=widths, layer_type=layer_type, num_labels=7, **settings)
     )
     randomise_norms(model)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Every format out: the real library loads what was written and gives our features; in, out and in again is the same."""
+"""Every format out: the real library loads what was written and gives our features; in, out and in is the same."""
 
 import json
 from collections import OrderedDict
@@ -11,7 +11,7 @@ import timm
 import torch
 import torchvision
 from conftest import build, relative_error
-from foreign import IMAGES, Features, State
+from foreign import Features, State
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -67,7 +67,8 @@ def test_transformers_loads_it_with_nothing_missing(original: tuple[str, Path, F
     name, path, expected = original
     foreign.transformers_network(**DEPTHS[name]).config.save_pretrained(tmp_path)
     convert_weights(path, tmp_path / "model.safetensors", "transformers")
-    theirs, told = ResNetForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    loaded: Any = ResNetForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, told = loaded
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     assert_same(foreign.transformers_features(theirs.eval()), expected)
@@ -165,7 +166,9 @@ def incomplete(state: State) -> State:
 
 
 def deep_stem(state: State) -> State:
-    return {key.replace("conv1.weight", "conv1.0.weight") if key == "conv1.weight" else key: v for key, v in state.items()}
+    return {
+        key.replace("conv1.weight", "conv1.0.weight") if key == "conv1.weight" else key: v for key, v in state.items()
+    }
 
 
 def not_finite(state: State) -> State:

@@ -7,7 +7,7 @@ import foreign
 import pytest
 import torch
 import torchvision
-from conftest import build, relative_error
+from conftest import build, randomise_norms, relative_error
 from foreign import IMAGES, WRAPPED, Features, State
 from safetensors.torch import save_file
 
@@ -57,7 +57,7 @@ def test_torchvision_network_gives_torchvisions_features(tmp_path: Path, name: s
 
 def test_torchvision_detector_gives_its_backbones_features(tmp_path: Path) -> None:
     theirs = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None).eval()
-    foreign.randomise_norms(theirs)
+    randomise_norms(theirs)
     torch.save(theirs.state_dict(), tmp_path / "x.pth")
     model = build("resnet50")
     report = load_weights(model, tmp_path / "x.pth", name="resnet50")
@@ -111,7 +111,9 @@ def test_detectron2_network_gives_its_features(tmp_path: Path, suffix: str, stri
         torch.save({"model": foreign.under("backbone.bottom_up.", theirs.state_dict())}, tmp_path / "x.pth")
     else:
         arrays = {key: value.numpy() for key, value in theirs.state_dict().items()}
-        foreign.write_pickle({"model": arrays, "__author__": "someone", "matching_heuristics": True}, tmp_path / "x.pkl")
+        foreign.write_pickle(
+            {"model": arrays, "__author__": "someone", "matching_heuristics": True}, tmp_path / "x.pkl"
+        )
     model = build("resnet50", stride_in_1x1=stride_in_1x1)
     model.preprocessing = BGR_255
     load_weights(model, tmp_path / f"x{suffix}", name="resnet50")
@@ -187,7 +189,8 @@ def test_report_reads_as_text(tmp_path: Path) -> None:
         "  dropped, classifier: 2",
         "  adapted: conv1.weight: input channels stand for pre-trained channels [[0, 1, 2]]",
         "  stride in the 3x3 (v1.5) (assumed: torchvision's convention)",
-        "  images RGB, 0 to 1, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225) (assumed: torchvision's convention)",
+        "  images RGB, 0 to 1, mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225) "
+        "(assumed: torchvision's convention)",
     ]
 
 
