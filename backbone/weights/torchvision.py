@@ -1,5 +1,6 @@
 """torchvision: its names are ours. Classification, and the backbones of its detectors and segmenters."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,8 +50,13 @@ def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
     )
 
 
+def _metadata_of_detector(checkpoint: Checkpoint, state: State) -> Metadata:
+    origin = "torchvision's convention; its COCO_V1 detectors need eps 0, which their full weights name as source sets"
+    return replace(_metadata(checkpoint, state), origin=origin)
+
+
 TORCHVISION: Final = Format("torchvision", NAMES, _sign, _metadata)
-TORCHVISION_DETECTION: Final = Format("torchvision detection", NAMES, _sign_of_detector, _metadata)
+TORCHVISION_DETECTION: Final = Format("torchvision detection", NAMES, _sign_of_detector, _metadata_of_detector)
 
 
 def download(name: str, weights_name: str) -> Checkpoint:

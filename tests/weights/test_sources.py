@@ -171,6 +171,7 @@ import backbone.weights.convert as convert
 from backbone.weights import sources, writing
 
 moment, calls = 0, 0
+os.fsync = lambda handle: None  # slow, and what a killed process has written stays in the page cache
 
 def killing(function):
     def call(*args, **kwargs):
@@ -195,6 +196,7 @@ for owner, name in [(os, "fsync"), (Path, "replace"), (Path, "chmod"), (sources,
 convert._write = half(convert._write)
 sources.CHUNK = 2**23
 seen, status = [], 1
+WARM_UP
 while status:
     moment += 1
     BEFORE
@@ -208,9 +210,14 @@ print(json.dumps(seen))
 """
 
 
-def kill_everywhere(job: str, out: Path, before: str, home: Path) -> list[str | None]:
+def kill_everywhere(job: str, out: Path, before: str, home: Path, warm_up: str = "pass") -> list[str | None]:
     """Kill ``job`` at its first dangerous moment, then at its second ...; return the hash of ``out`` after each."""
-    program = KILLED.replace("JOB", job).replace("OUT", f"Path({str(out)!r})").replace("BEFORE", before)
+    program = (
+        KILLED.replace("JOB", job)
+        .replace("OUT", f"Path({str(out)!r})")
+        .replace("BEFORE", before)
+        .replace("WARM_UP", warm_up)
+    )
     environment = {**os.environ, "TORCH_HOME": str(home), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
@@ -238,7 +245,8 @@ def test_killed_conversion_leaves_the_old_file_or_the_new_one(tmp_path: Path) ->
     torch.save(foreign.torchvision_network().state_dict(), tmp_path / "in.pth")
     out = tmp_path / "out.pkl"
     job = f"convert.convert_weights({str(tmp_path / 'in.pth')!r}, Path({str(out)!r}), 'detectron2')"
-    seen = kill_everywhere(job, out, f"Path({str(out)!r}).write_bytes(b'old')", tmp_path)
+    before = f"Path({str(out)!r}).write_bytes(b'old')"
+    seen = kill_everywhere(job, out, before, tmp_path, warm_up=f"{job}; moment, calls = 0, 0")  # for what it imports
     convert_weights(tmp_path / "in.pth", out, "detectron2")
     old, new = hashlib.sha256(b"old").hexdigest(), hashlib.sha256(out.read_bytes()).hexdigest()
     assert set(seen) == {old, new}
