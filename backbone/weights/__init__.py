@@ -17,7 +17,7 @@ from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bg
 from backbone.weights.reading import Checkpoint
 from backbone.weights.recognise import Recognised, recognise
 from backbone.weights.report import LoadReport
-from backbone.weights.sources import open_source
+from backbone.weights.sources import is_location, open_source
 from backbone.weights.stem import adapt_preprocessing, adapt_stem, stem_mapping
 
 __all__ = [
@@ -67,7 +67,7 @@ def load_weights(
         ValueError: If the source is neither, the file is damaged or carries code, keys or shapes differ, a weight is
             not finite, or the weights are known to belong to another network.
     """
-    named = backbone.named_weights(str(source))
+    named = None if is_location(source) else backbone.named_weights(str(source))
     if named is None:
         checkpoint = open_source(source, name)
     else:

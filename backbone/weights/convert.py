@@ -100,7 +100,8 @@ def _write(draft: Path, suffix: str, state: State, metadata: Metadata, target: F
     if suffix == ".safetensors":
         save_file(state, draft, {"format": "pt", HEADER_KEY: header})
     elif suffix == ".pkl":
-        draft.write_bytes(pickle.dumps({"model": {key: value.numpy() for key, value in state.items()}, **zoo}))
+        with draft.open("wb") as file:
+            pickle.dump({"model": {key: value.numpy() for key, value in state.items()}, **zoo}, file)
     elif target is DETECTRON2:
         torch.save({"model": state, **zoo}, draft)
     else:

@@ -47,5 +47,5 @@ def require_fit(
 def _is_sound(key: str, value: Tensor) -> bool:
     if not value.is_floating_point() or value.numel() == 0:
         return True
-    low, high = torch.aminmax(value.to(torch.promote_types(value.dtype, torch.float16)))
+    low, high = torch.aminmax(value if value.itemsize > 1 else value.float())  # torch compares no 8-bit fractions
     return bool(torch.isfinite(low) and torch.isfinite(high) and (low >= 0 or not key.endswith("running_var")))

@@ -28,6 +28,12 @@ _NOT_SATISFIABLE: Final = 416  # of HTTP: nothing lies beyond what was asked for
 _PARTIAL: Final = 206  # of HTTP: the answer begins where it was asked to
 
 
+def is_location(source: str | os.PathLike[str]) -> bool:
+    """Whether ``source`` says where a file is, rather than what its library calls it."""
+    text = os.fspath(source)
+    return text.startswith((*URL_SCHEMES, HUGGING_FACE)) or Path(text).suffix in CHECKPOINT_SUFFIXES
+
+
 def open_source(source: str | os.PathLike[str], name: str | None = None) -> Checkpoint:
     """Read the checkpoint that ``source`` names, downloading it if need be; kinds as in ``load_weights``.
 
@@ -48,7 +54,7 @@ def open_source(source: str | os.PathLike[str], name: str | None = None) -> Chec
         return read_checkpoint(_from_hugging_face(text))
     if text.startswith(timm.PREFIX) and not Path(text).exists():
         return timm.download(text)
-    if Path(text).suffix in CHECKPOINT_SUFFIXES or (name is None and "_Weights." not in text):
+    if is_location(text) or (name is None and "_Weights." not in text):
         return read_checkpoint(Path(text))
     return torchvision.download(name or "", text)
 

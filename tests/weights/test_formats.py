@@ -225,3 +225,27 @@ def test_names_of_a_plugins_own_network_need_no_format(tmp_path: Path) -> None:
     load_weights(ours, tmp_path / "x.pth", name="plugin")
     assert torch.equal(ours.patches.weight, theirs.patches.weight)
     assert ours.preprocessing == Preprocessing()
+
+
+def test_a_path_is_no_name_that_the_networks_library_is_asked_for(tmp_path: Path) -> None:
+    class Published(Backbone):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 8, 4)
+
+        def named_weights(self, name: str) -> None:
+            raise ValueError(f"publishes nothing as {name}")
+
+    ours, theirs = Published(), Published()
+    torch.save(theirs.state_dict(), tmp_path / "x.pth")
+    load_weights(ours, tmp_path / "x.pth", name="published")
+    with pytest.raises(ValueError, match="publishes nothing as IMAGENET"):
+        load_weights(ours, "IMAGENET", name="published")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_another_precision_are_converted(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = foreign.torchvision_network().state_dict()
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    model, _ = load_18(state, tmp_path)
+    assert torch.equal(model.state_dict()["conv1.weight"], state["conv1.weight"].float())
