@@ -5,7 +5,7 @@ source (sources.py) -> tensors (reading.py) -> our names (recognise.py, one file
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bg
 from backbone.weights.reading import Checkpoint
 from backbone.weights.recognise import Recognised, recognise
 from backbone.weights.report import LoadReport
+from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
 from backbone.weights.stem import adapt_preprocessing, adapt_stem, stem_mapping
 
@@ -32,6 +33,7 @@ __all__ = [
 
 STEM = "conv1.weight"
 CLASSIFIER = "fc."
+DEFAULT_EPS = 1e-5  # of batch norms in every library here
 
 logger = logging.getLogger(__name__)
 
@@ -67,33 +69,18 @@ def load_weights(
         ValueError: If the source is neither, the file is damaged or carries code, keys or shapes differ, a weight is
             not finite, or the weights are known to belong to another network.
     """
-    named = None if is_location(source) else backbone.named_weights(str(source))
-    if named is None:
-        checkpoint = open_source(source, name)
-    else:
-        facts = Metadata(f"the network's library publishes it as {source}", known=True, preprocessing=named[1])
-        checkpoint = Checkpoint(str(source), named[0], facts=facts)
+    checkpoint = _open(backbone, source, name)
     own = backbone.state_dict()
     found = recognise(checkpoint, lambda key: key in own or key.startswith(backbone.unbuilt_prefixes))
-    preprocessing = found.metadata.preprocessing or Preprocessing()
-    state, adapted, reshaped = dict(found.state), list(found.additions), []
-    if stem_channels_from is not None and STEM not in own:
-        raise ValueError(f"stem_channels_from adapts a ResNet's {STEM}, and {name} has none; remove the key")
-    if STEM in own and STEM in state and state[STEM].ndim == own[STEM].ndim:
-        channels = state[STEM].shape[1]
-        mapping = stem_mapping(channels, own[STEM].shape[1], stem_channels_from)
-        if mapping is not None:
-            state[STEM] = adapt_stem(state[STEM], mapping, even=stem_channels_from is None)
-            preprocessing = adapt_preprocessing(preprocessing, mapping)
-            reshaped = [STEM] if len(mapping) != channels else []
-            adapted.append(f"{STEM}: input channels stand for pre-trained channels {mapping}")
+    state, preprocessing, adapted = _fit_stem(found, own, stem_channels_from, name)
     dropped = _drop_unbuilt(state, backbone, found)
     require_fit(state, own, found.unexplained, checkpoint.source)
     cross_check(backbone, found.metadata, checkpoint.source)
     if stem_channels_from is None:
         warn_of_bgr(preprocessing, backbone.preprocessing, checkpoint.source)
     backbone.load_state_dict(state, strict=False)  # all but the counters of batches is known to be there
-    adapted += set_eps(backbone, found.metadata.eps)
+    eps = DEFAULT_EPS if found.metadata.eps is None and found.format else found.metadata.eps
+    adapted += set_eps(backbone, eps)
     backbone.preprocessing = preprocessing
     report = LoadReport(
         source=checkpoint.source,
@@ -103,15 +90,42 @@ def load_weights(
         loaded=list(state),
         missing=[key for key in own if key not in state],
         dropped=dropped,
-        reshaped=reshaped,
-        adapted=adapted,
+        reshaped=[key for key in state if key in found.state and state[key].shape != found.state[key].shape],
+        adapted=[*found.additions, *adapted],
         metadata=found.metadata,
     )
     logger.info("%s", report)
     return report
 
 
-def _drop_unbuilt(state: dict[str, Tensor], backbone: Backbone, found: Recognised) -> dict[str, list[str]]:
+def _open(backbone: Backbone, source: str | os.PathLike[str], name: str) -> Checkpoint:
+    """Read ``source``; what is no location may be a name that the network's own library knows."""
+    named = None if is_location(source) else backbone.named_weights(str(source))
+    if named is None:
+        return open_source(source, name)
+    facts = Metadata(f"the network's library publishes it as {source}", known=True, preprocessing=named[1])
+    return Checkpoint(str(source), named[0], facts=facts)
+
+
+def _fit_stem(
+    found: Recognised, own: Mapping[str, Tensor], chosen: Sequence[int | None] | None, name: str
+) -> tuple[State, Preprocessing, list[str]]:
+    """Return the tensors with the stem as the network's input channels need it, their pixels, and what was done."""
+    preprocessing = found.metadata.preprocessing or Preprocessing()
+    stem, wanted = found.state.get(STEM), own.get(STEM)
+    if chosen is not None and wanted is None:
+        raise ValueError(f"stem_channels_from adapts a ResNet's {STEM}, and {name} has none; remove the key")
+    if stem is None or wanted is None or not stem.ndim == wanted.ndim == 4:  # noqa: PLR2004
+        return dict(found.state), preprocessing, []
+    mapping = stem_mapping(stem.shape[1], wanted.shape[1], chosen)
+    if mapping is None:
+        return dict(found.state), preprocessing, []
+    state = {**found.state, STEM: adapt_stem(stem, mapping, even=chosen is None)}
+    told = f"{STEM}: input channels stand for pre-trained channels {mapping}"
+    return state, adapt_preprocessing(preprocessing, mapping), [told]
+
+
+def _drop_unbuilt(state: State, backbone: Backbone, found: Recognised) -> dict[str, list[str]]:
     """Take out of ``state`` the parts that the network was built without; return all that is dropped, by reason."""
     dropped = {reason: list(keys) for reason, keys in found.dropped.items()}
     for key in [key for key in state if key.startswith(backbone.unbuilt_prefixes)]:

@@ -42,10 +42,6 @@ EPS: Final = 1e-5
 BGR_255_RESNEXT: Final = Preprocessing(BGR_255.mean, (57.375, 57.12, 58.395), "bgr", (0.0, 255.0))
 
 
-def _sign(checkpoint: Checkpoint, prefix: str) -> str:
-    return "its names, such as res2_0_branch2a_w"
-
-
 def carries_folded_norms(state: State) -> bool:
     """Whether every norm has mean 0 and variance 1 (or 1 - eps): a scale and a bias and nothing more."""
     means = [value for key, value in state.items() if key.endswith("running_mean")]
@@ -86,4 +82,12 @@ def _complete(state: State) -> tuple[State, list[str]]:
     return {**state, **added}, [f"{len(norms)} norms hold scale and bias only: mean 0 and variance 1 - eps added"]
 
 
-CAFFE2: Final = Format("MSRA/Caffe2", NAMES, _sign, _metadata, _complete, heads=HEADS, counts_batches=False)
+CAFFE2: Final = Format(
+    "MSRA/Caffe2",
+    NAMES,
+    lambda checkpoint, prefix: "its names, such as res2_0_branch2a_w",
+    _metadata,
+    _complete,
+    heads=HEADS,
+    counts_batches=False,
+)

@@ -21,10 +21,6 @@ NAMES: Final = KeyScheme(
 )
 
 
-def _sign(checkpoint: Checkpoint, prefix: str) -> str:
-    return "its names, such as res2.0.conv1.norm.weight"
-
-
 def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
     if carries_folded_norms(state):
         return msra_metadata(state, "norms of mean 0 and variance 1 are MSRA's and Caffe2's")
@@ -33,4 +29,10 @@ def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
 
 
 # FrozenBatchNorm2d there has no counter, and strict loading into it takes none.
-DETECTRON2: Final = Format("detectron2", NAMES, _sign, _metadata, counts_batches=False)
+DETECTRON2: Final = Format(
+    "detectron2",
+    NAMES,
+    lambda checkpoint, prefix: "its names, such as res2.0.conv1.norm.weight",
+    _metadata,
+    counts_batches=False,
+)

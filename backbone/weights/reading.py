@@ -23,7 +23,8 @@ CHECKPOINT_SUFFIXES: Final = (".pth", ".pt", ".safetensors", ".pkl", ".ckpt", ".
 MAX_FILE_BYTES: Final = 16 * 2**30
 MAX_TENSOR_NUMBERS: Final = 2**31
 MAX_DEPTH: Final = 8
-MAX_ENTRIES: Final = 50_000
+MAX_ENTRIES: Final = 10_000
+MAX_KEY_LENGTH: Final = 300
 MAX_PICKLE_BYTES: Final = 64 * 2**20  # of the part of a .pth that is not tensors
 
 _TORCH_MAGIC: Final = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # of torch.save before 1.6
@@ -111,8 +112,9 @@ def flatten(content: object, source: str, header: str | None = None) -> Checkpoi
             f"network's own state_dict()"
         )
     for number, (path, value) in enumerate(_leaves(content, "", 0, source)):
-        if number > MAX_ENTRIES or path in tensors:
-            rule = f"{path} is there twice" if path in tensors else f"it has more than {MAX_ENTRIES} entries"
+        if number > MAX_ENTRIES or len(path) > MAX_KEY_LENGTH or path in tensors:
+            rule = f"it has more than {MAX_ENTRIES} entries, or keys of more than {MAX_KEY_LENGTH} letters"
+            rule = f"{path} is there twice" if path in tensors else rule
             raise ValueError(f"{source}: not a checkpoint of one network: {rule}")
         if isinstance(value, Tensor):
             _check_tensor(path, value, source)

@@ -13,7 +13,7 @@ from backbone.weights.caffe2 import CAFFE2
 from backbone.weights.detectron2 import DETECTRON2
 from backbone.weights.metadata import Metadata
 from backbone.weights.mmdetection import MMDETECTION
-from backbone.weights.reading import Checkpoint
+from backbone.weights.reading import MAX_DEPTH, Checkpoint
 from backbone.weights.report import listed
 from backbone.weights.schemes import Format, KeyScheme, State
 from backbone.weights.self_supervised import SELF_SUPERVISED
@@ -139,7 +139,7 @@ def _splits(key: str) -> Iterator[tuple[str, str]]:
     words = key.split(".")
     for count in range(len(words)):
         yield "".join(f"{word}." for word in words[:count]), ".".join(words[count:])
-        if not WRAPPERS.fullmatch(words[count]):
+        if not WRAPPERS.fullmatch(words[count]) or count == MAX_DEPTH:
             break
 
 

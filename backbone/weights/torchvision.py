@@ -32,10 +32,6 @@ EPS_0: Final = (
 """Detectors whose norms torchvision gives eps 0 after loading (``overwrite_eps``), and only these."""
 
 
-def _sign(checkpoint: Checkpoint, prefix: str) -> str:
-    return "its names, the layer1.0.conv1.weight of classification"
-
-
 def _sign_of_detector(checkpoint: Checkpoint, prefix: str) -> str | None:
     return f"its names under {prefix}" if prefix.endswith(("backbone.body.", "backbone.0.body.")) else None
 
@@ -55,7 +51,9 @@ def _metadata_of_detector(checkpoint: Checkpoint, state: State) -> Metadata:
     return replace(_metadata(checkpoint, state), origin=origin)
 
 
-TORCHVISION: Final = Format("torchvision", NAMES, _sign, _metadata)
+TORCHVISION: Final = Format(
+    "torchvision", NAMES, lambda checkpoint, prefix: "its names, the layer1.0.conv1.weight of classification", _metadata
+)
 TORCHVISION_DETECTION: Final = Format("torchvision detection", NAMES, _sign_of_detector, _metadata_of_detector)
 
 

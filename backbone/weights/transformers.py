@@ -23,10 +23,6 @@ NAMES: Final = KeyScheme(
 )
 
 
-def _sign(checkpoint: Checkpoint, prefix: str) -> str:
-    return "its names, such as encoder.stages.0.layers.0.layer.0.convolution.weight"
-
-
 def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
     config = Path(checkpoint.source).with_name("config.json")  # save_pretrained writes it beside model.safetensors
     try:
@@ -38,4 +34,10 @@ def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
     return Metadata(origin, True, Preprocessing(), stride_in_1x1=bool(v1) if bottlenecks else None)
 
 
-TRANSFORMERS: Final = Format("transformers", NAMES, _sign, _metadata, beside=("classifier.1.", "fc."))
+TRANSFORMERS: Final = Format(
+    "transformers",
+    NAMES,
+    lambda checkpoint, prefix: "its names, such as encoder.stages.0.layers.0.layer.0.convolution.weight",
+    _metadata,
+    beside=("classifier.1.", "fc."),
+)

@@ -258,3 +258,12 @@ def test_report_names_the_adapted_stem(checkpoint: Path) -> None:
     report = load_weights(build(in_channels=1), checkpoint, name="resnet18")
     assert report.reshaped == ["conv1.weight"]
     assert report.adapted == ["conv1.weight: input channels stand for pre-trained channels [[0, 1, 2]]"]
+
+
+def test_eps_of_earlier_weights_does_not_linger(checkpoint: Path) -> None:
+    model = build()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 0.0  # as the first detectors' weights leave it
+    load_weights(model, checkpoint, name="resnet18")
+    assert {module.eps for module in model.modules() if hasattr(module, "running_var")} == {1e-5}
