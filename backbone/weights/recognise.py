@@ -179,7 +179,7 @@ def _explained(key: str, prefix: str, chosen: Format | None) -> tuple[str | None
         heads = chosen.heads if chosen else {}
         return None, next((reason for pattern, reason in heads.items() if re.fullmatch(pattern, rest)), None)
     words, inside = key.split("."), prefix.split(".")
-    shared = next(count for count, word in enumerate(words) if count >= len(inside) or word != inside[count])
+    shared = next((count for count, word in enumerate(words) if word != inside[count]), len(words) - 1)
     rest = ".".join(words[shared:])
     if chosen and chosen.beside and rest.startswith(chosen.beside[0]):
         return chosen.beside[1] + rest.removeprefix(chosen.beside[0]), None

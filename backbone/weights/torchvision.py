@@ -47,7 +47,12 @@ def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
 
 
 def _metadata_of_detector(checkpoint: Checkpoint, state: State) -> Metadata:
-    origin = "torchvision's convention; its COCO_V1 detectors need eps 0, which their full weights name as source sets"
+    from torchvision.models import get_weight
+
+    for weights in map(get_weight, EPS_0):
+        if checkpoint.source.endswith(Path(weights.url).name):  # it ends in a hash that only this file has
+            return _facts(weights)
+    origin = "torchvision's convention; of its detectors COCO_V1 needs eps 0: give that name as the source"
     return replace(_metadata(checkpoint, state), origin=origin)
 
 

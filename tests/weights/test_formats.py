@@ -249,3 +249,10 @@ def test_weights_of_another_precision_are_converted(tmp_path: Path, dtype: torch
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     model, _ = load_18(state, tmp_path)
     assert torch.equal(model.state_dict()["conv1.weight"], state["conv1.weight"].float())
+
+
+@pytest.mark.parametrize("key", ["backbone", "backbone.bodyguard", "backbone.body", "head"])
+def test_tensor_beside_the_prefix_is_dropped_by_name(tmp_path: Path, key: str) -> None:
+    state = foreign.under("backbone.body.", foreign.torchvision_network().state_dict())
+    _, report = load_18({**state, key: torch.ones(1)}, tmp_path)
+    assert report.dropped[f"beside the network: {key.rpartition('.')[2]}"] == [key]

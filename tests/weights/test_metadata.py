@@ -159,7 +159,14 @@ def test_detector_of_unknown_origin_is_told_that_its_eps_may_be_0(tmp_path: Path
     state = foreign.under("backbone.body.", foreign.without_classifier(foreign.torchvision_network().state_dict()))
     torch.save(state, tmp_path / "x.pth")
     report = load_weights(build(), tmp_path / "x.pth", name="resnet18")
-    assert "COCO_V1 detectors need eps 0" in str(report)
+    assert "COCO_V1 needs eps 0" in str(report)
+
+
+def test_copy_of_a_first_detectors_file_is_known_by_its_name(tmp_path: Path) -> None:
+    state = foreign.under("backbone.body.", foreign.without_classifier(foreign.torchvision_network().state_dict()))
+    torch.save(state, tmp_path / Path(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url).name)
+    model = build(weights=next(tmp_path.iterdir()))
+    assert {module.eps for module in model.modules() if hasattr(module, "running_var")} == {0.0}
 
 
 @pytest.mark.parametrize(
