@@ -106,7 +106,7 @@ def flatten(content: object, source: str, header: str | None = None) -> Checkpoi
     tensors: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     beside: list[str] = []
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise ValueError(
             f"{source}: must hold a state dict (parameter name -> tensor), got {type(content).__name__}; save the "
             f"network's own state_dict()"
@@ -132,14 +132,16 @@ def flatten(content: object, source: str, header: str | None = None) -> Checkpoi
     return Checkpoint(source, tensors, notes, tuple(beside), facts)
 
 
-def _leaves(content: Mapping[Any, Any], prefix: str, depth: int, source: str) -> Iterator[tuple[str, object]]:
+def _leaves(content: dict[Any, Any], prefix: str, depth: int, source: str) -> Iterator[tuple[str, object]]:
     if depth > MAX_DEPTH:
         raise ValueError(f"{source}: not a checkpoint of one network: it is nested more than {MAX_DEPTH} deep")
-    for key, value in content.items():
+    for key, value in dict.items(content):  # a pickle may put anything in the place of an OrderedDict's own items()
+        if not isinstance(key, str | int):
+            raise ValueError(f"{source}: not a checkpoint of one network: {type(key).__name__} among its keys")
         path = f"{prefix}{key}"
         if isinstance(value, PickledArray):
             yield path, value.tensor
-        elif isinstance(value, Mapping) and value:
+        elif isinstance(value, dict) and len(value):
             yield from _leaves(value, f"{path}.", depth + 1, source)
         else:
             yield path, value

@@ -318,3 +318,22 @@ def test_mutants_are_refused_or_loaded_whole(tmp_path: Path, kind: str) -> None:
 def test_the_mutants_are_2000() -> None:
     assert sum(KINDS.values()) == 2000
     assert len(ROUTES) == 10
+
+
+ODD: Final = {
+    "attribute in the place of a method": b"ccollections\nOrderedDict\n)R}" + text("items") + b"K\x01sb.",
+    "array as a key": b"}cnumpy\nndarray\nK\x01s.",
+    "tuples nested without end": b"})" + b"\x85" * 10_000 + b"K\x01s.",
+    "more tuples than the stack holds": b"})" + b"\x85" * 100_000 + b"K\x01s.",
+    "more instructions than anyone needs": b"}" + b"K\x010" * 400_000 + b".",
+    "state for a class": b"}" + text("x") + b"cnumpy\ndtype\n}b" + b"s.",
+    "array of no type": b"}" + text("x") + b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01)K\x01\x89U\x04abcdtbs.",
+    "array without contents": b"}" + text("conv1_w") + b"cnumpy.core.multiarray\n_reconstruct\n)Rs.",
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_pickle_is_refused_by_one_clear_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "odd.pkl"
+    path.write_bytes(b"\x80\x04" + ODD[kind])
+    assert refused(lambda: load_weights(build(out_features=["c2"]), path, name="resnet18"), path)
