@@ -140,7 +140,7 @@ def _yaml(value: bool) -> str:
 
 def _stride_in_1x1(backbone: Backbone) -> bool | None:
     strides = [
-        convolution.stride[0]
+        convolution.stride[0]  # type: ignore[index]
         for block in backbone.modules()
         if isinstance(block, Bottleneck)
         for convolution in (block.conv1, block.conv2)

@@ -8,7 +8,7 @@ from typing import Final
 from torch import Tensor
 
 from backbone.blocks import BasicBlock, Bottleneck
-from backbone.resnet import FAMILY, STEM_CHANNELS, Variant
+from backbone.resnet import FAMILY, Variant
 from backbone.weights.caffe2 import CAFFE2
 from backbone.weights.detectron2 import DETECTRON2
 from backbone.weights.metadata import Metadata
@@ -212,5 +212,12 @@ def _variant(state: Mapping[str, Tensor]) -> Variant | None:
         return None
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
     groups = middle.shape[0] // middle.shape[1]
-    width = middle.shape[0] // max(groups, 1) if block is Bottleneck else STEM_CHANNELS
-    return Variant(block, (depths[0], depths[1], depths[2], depths[3]), groups, width)
+    width = middle.shape[0] // max(groups, 1) if block is Bottleneck else FAMILY["resnet18"].width_per_group
+    last = state.get("layer1.0.conv3.weight", middle)
+    return Variant(
+        block,
+        (depths[0], depths[1], depths[2], depths[3]),
+        c2_channels=last.shape[0] if last.ndim else 0,
+        groups=groups,
+        width_per_group=width,
+    )
