@@ -35,6 +35,7 @@ class DeformableConv3x3(DeformConv2d):  # type: ignore[misc]
         offset_groups: int = 1,
     ) -> None:
         super().__init__(in_channels, out_channels, 3, stride, dilation, dilation, groups, bias=False)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")  # as every 3x3 here
         self.num_offsets = 18 * offset_groups
         self.num_weights = 9 * offset_groups if modulated else 0
         self.offset = nn.Conv2d(in_channels, self.num_offsets + self.num_weights, 3, stride, dilation, dilation)

@@ -9,7 +9,6 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import DeformConv2d
 
 from backbone.blocks import BasicBlock, Bottleneck, Conv3x3
 from backbone.config import BackboneConfig, NormName
@@ -192,9 +191,7 @@ class ResNet(Backbone):
 
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
-            if (
-                isinstance(module, nn.Conv2d | DeformConv2d) and module.bias is None
-            ):  # those that predict offsets have one
+            if isinstance(module, nn.Conv2d) and module.bias is None:  # those that predict offsets have one
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, BasicBlock | Bottleneck) and zero_init_residual:
                 nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ["detectron2", "timm", "transformers", "lightning", "pytorch_lightning", "matplotlib"]
+HEAVY = [
+    "detectron2",
+    "torchvision",
+    "timm",
+    "transformers",
+    "huggingface_hub",
+    "lightning",
+    "torchmetrics",
+    "matplotlib",
+]
 PLUGIN = "plugin_that_nobody_asked_for"
 PROBE = f"""
 import json, sys, time
