@@ -15,7 +15,7 @@ from backbone.weights.fit import require_fit
 from backbone.weights.inspect import Inspection, inspect_weights
 from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bgr
 from backbone.weights.reading import Checkpoint
-from backbone.weights.recognise import Recognised, recognise
+from backbone.weights.recognise import STEM, Recognised, recognise
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
@@ -31,7 +31,6 @@ __all__ = [
     "load_weights",
 ]
 
-STEM = "conv1.weight"
 CLASSIFIER = "fc."
 DEFAULT_EPS = 1e-5  # of batch norms in every library here
 

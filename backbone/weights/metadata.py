@@ -139,14 +139,14 @@ def _yaml(value: bool) -> str:
 
 
 def _stride_in_1x1(backbone: Backbone) -> bool | None:
-    strides = [
-        convolution.stride[0]  # type: ignore[index]
-        for block in backbone.modules()
-        if isinstance(block, Bottleneck)
-        for convolution in (block.conv1, block.conv2)
-    ]
-    first = next((index for index, stride in enumerate(strides) if stride > 1), None)
-    return None if first is None else first % 2 == 0
+    """Whether the first 1x1 of a bottleneck that strides does so; None where none strides."""
+    blocks = [block for block in backbone.modules() if isinstance(block, Bottleneck) and block.downsample is not None]
+    striding = [block for block in blocks if any(_stride(module) > 1 for module in block.downsample or ())]
+    return _stride(striding[0].conv1) > 1 if striding else None
+
+
+def _stride(module: nn.Module) -> int:
+    return module.stride[0] if isinstance(module, nn.Conv2d) else 1
 
 
 def _dilates_first_block(backbone: Backbone) -> bool | None:

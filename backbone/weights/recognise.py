@@ -54,6 +54,9 @@ TWINS: Final = (
 """Of two copies of one network the first is taken: the average that is evaluated; in MoCo and BYOL the trained one."""
 
 
+STEM: Final = "conv1.weight"
+
+
 @dataclass(frozen=True)
 class Recognised:
     """A checkpoint, translated.
@@ -207,17 +210,17 @@ def describe_network(state: Mapping[str, Tensor]) -> str:
 def _variant(state: Mapping[str, Tensor]) -> Variant | None:
     blocks = [(int(m[1]), int(m[2])) for key in state if (m := re.match(r"layer([1-4])\.([0-9]+)\.", key))]
     depths = [1 + max((block for number, block in blocks if number == stage), default=-1) for stage in (1, 2, 3, 4)]
-    middle = state.get("layer1.0.conv2.weight")
-    if middle is None or middle.ndim != 4 or 0 in middle.shape[:2]:  # noqa: PLR2004
-        return None
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
-    groups = middle.shape[0] // middle.shape[1]
-    width = middle.shape[0] // max(groups, 1) if block is Bottleneck else FAMILY["resnet18"].width_per_group
-    last = state.get("layer1.0.conv3.weight", middle)
+    last = "layer1.0.conv3.weight" if block is Bottleneck else "layer1.0.conv2.weight"
+    stem, middle, last_conv = (state.get(key) for key in (STEM, "layer1.0.conv2.weight", last))
+    if stem is None or middle is None or last_conv is None or not stem.ndim == middle.ndim == last_conv.ndim == 4:  # noqa: PLR2004
+        return None
+    groups = middle.shape[0] // max(middle.shape[1], 1)
     return Variant(
         block,
         (depths[0], depths[1], depths[2], depths[3]),
-        c2_channels=last.shape[0] if last.ndim else 0,
+        c2_channels=last_conv.shape[0],
         groups=groups,
-        width_per_group=width,
+        width_per_group=middle.shape[0] // max(groups, 1),
+        stem_channels=stem.shape[0],
     )

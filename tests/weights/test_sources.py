@@ -26,6 +26,12 @@ from backbone.weights import sources
 ROOT = Path(__file__).parents[2]
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing of clients that were killed."""
+
+    def handle_error(self, *_: object) -> None: ...
+
+
 class Site(BaseHTTPRequestHandler):
     """Serves one file, with ranges; ends early, or refuses ranges, when told to."""
 
@@ -61,7 +67,7 @@ def site(tmp_path: Path) -> Iterator[SimpleNamespace]:
     torch.save(foreign.torchvision_network().state_dict(), tmp_path / "resnet18.pth")
     content = (tmp_path / "resnet18.pth").read_bytes()
     handler = type("ThisSite", (Site,), {"content": content, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.01))
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}/resnet18.pth"
