@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from torch import Tensor, nn
 
@@ -34,21 +34,27 @@ class Preprocessing:
         std: Then divides each channel, in units of ``value_range``.
         channel_order: Order of the colour channels.
         value_range: Lowest and highest pixel value before ``mean`` and ``std`` apply.
+        interpolation: How images were resized in training: ``bilinear``, ``bicubic``, ...
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     channel_order: Literal["rgb", "bgr"] = "rgb"
     value_range: tuple[float, float] = (0.0, 1.0)
+    interpolation: str = "bilinear"
 
 
 class Backbone(nn.Module):
-    """Base class of every backbone. A subclass builds its modules and fills in the four attributes.
+    """Base class of every backbone. A subclass builds its modules and fills in the attributes.
 
     Attributes:
         feature_specs: Channels and stride of each feature map that ``forward`` returns, finest first.
         stage_modules: For each stage that is built (``stem``, ``c2`` ... ``c5``) the dotted names of its modules.
             Names rather than modules, so that swapping a module cannot leave a stale reference behind.
+        stage_parameters: For each stage the dotted names of parameters in no module of that stage alone, such as a
+            position embedding that lies beside all blocks; most networks have none.
+        num_frozen_stages: How many stages ``freeze_stages`` froze. They stay in evaluation mode whatever ``train()``
+            says, so that neither dropout nor drop-path acts there.
         preprocessing: What the loaded weights expect of an image; torchvision's ImageNet values until then.
         unbuilt_prefixes: Parameter-name prefixes of the complete network that this instance left out.
             A checkpoint may carry them; anything else it carries must match.
@@ -58,6 +64,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.feature_specs: dict[str, FeatureSpec] = {}
         self.stage_modules: Mapping[str, Sequence[str]] = {}
+        self.stage_parameters: Mapping[str, Sequence[str]] = {}
+        self.num_frozen_stages = 0
         self.preprocessing = Preprocessing()
         self.unbuilt_prefixes: tuple[str, ...] = ()
 
@@ -68,11 +76,22 @@ class Backbone(nn.Module):
     @property
     def stages(self) -> dict[str, nn.ModuleList]:
         """The stages that are built, stem first, each with its modules as they are now."""
-        return {
-            name: nn.ModuleList(self.get_submodule(path) for path in self.stage_modules[name])
-            for name in STAGE_NAMES
-            if name in self.stage_modules
-        }
+        stages = {}
+        for name in STAGE_NAMES:
+            if name in self.stage_modules:
+                stages[name] = nn.ModuleList(self.get_submodule(path) for path in self.stage_modules[name])
+                if self.stage_parameters.get(name):
+                    parameters = [self.get_parameter(path) for path in self.stage_parameters[name]]
+                    stages[name].append(nn.ParameterList(parameters))
+        return stages
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode, as every module does; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for name, modules in self.stages.items():
+            if STAGE_NAMES.index(name) < self.num_frozen_stages:
+                modules.eval()
+        return self
 
     def adopt(self, name: str, backbone: "Backbone") -> None:
         """Hold ``backbone`` as the sub-module ``name``, and take over its stages and what its weights expect."""

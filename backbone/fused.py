@@ -204,7 +204,7 @@ def _is_fusable(layer: Layer, x: Tensor) -> TypeGuard[FrozenLayer]:
     conv, norm = layer
     return (
         type(conv) is nn.Conv2d  # a parametrized convolution is of another class
-        and isinstance(norm, FrozenBatchNorm2d)
+        and type(norm) is FrozenBatchNorm2d  # a subclass computes something more
         and not _is_seen_through(x)
         and conv.bias is None
         and conv.padding_mode == "zeros"

@@ -11,7 +11,6 @@ from backbone.config import NormName
 NormLayer = Callable[[int], nn.Module]
 TrainableBatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
-_SWAPPABLE = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _GROUPS = 32  # GroupNorm, arXiv:1803.08494, section 4.1
 
 
@@ -28,7 +27,8 @@ class FrozenBatchNorm2d(nn.Module):
 
     Attributes:
         frozen_from: The layer this one stands for until it is thawed, in a tuple so that it is no child of this one;
-            None if it was built frozen.
+            None if there is none.
+        built_frozen: Whether it is frozen by ``norm="frozen_bn"`` and stays so when its stage thaws.
         generation: Grows where values may have changed unseen (``to()``, ``train()``); guards what is computed from
             them and kept.
     """
@@ -44,6 +44,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.num_features = num_features
         self.eps = eps
         self.frozen_from: tuple[TrainableBatchNorm] | None = None
+        self.built_frozen = True
         self.generation = 0
         self.weight = nn.Parameter(torch.ones(num_features), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=False)
@@ -89,6 +90,21 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+_frozen_forms: dict[type[nn.Module], type[FrozenBatchNorm2d]] = {
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    nn.SyncBatchNorm: FrozenBatchNorm2d,
+}
+
+
+def register_frozen_form(norm: type[nn.Module], form: type[FrozenBatchNorm2d]) -> None:
+    """Let ``freeze_norms`` swap layers of class ``norm``, a batch norm that computes something more, for a ``form``.
+
+    The form is constructed as FrozenBatchNorm2d is and then given the children of the layer it stands for, such as an
+    activation; its ``forward`` must equal the layer's in evaluation mode.
+    """
+    _frozen_forms[norm] = form
+
+
 def norm_layer(name: NormName | NormLayer) -> NormLayer:
     """Return the constructor (number of channels -> module) of the norm called ``name`` in a config.
 
@@ -105,10 +121,15 @@ def norm_layer(name: NormName | NormLayer) -> NormLayer:
     return layers[name]
 
 
-def freeze_norms(module: nn.Module) -> nn.Module:
+def freeze_norms(module: nn.Module, *, built_frozen: bool = False) -> nn.Module:
     """Swap every BatchNorm2d and SyncBatchNorm in ``module`` for a FrozenBatchNorm2d, in place.
 
     Parameters and buffers stay the same objects and now require no grad.
+
+    Args:
+        module: Any module.
+        built_frozen: Whether the layers count as built frozen (``norm="frozen_bn"``), so that thawing a stage leaves
+            them frozen.
 
     Returns:
         ``module``, or its replacement where it is a batch norm itself.
@@ -118,14 +139,22 @@ def freeze_norms(module: nn.Module) -> nn.Module:
             or is a subclass that computes something more. Nothing is swapped then.
     """
     require_freezable(module)
-    return _swap(module, lambda child: _frozen(child) if isinstance(child, _SWAPPABLE) else None)
+
+    def frozen(child: nn.Module) -> nn.Module | None:
+        if type(child) not in _frozen_forms:
+            return None
+        new = _frozen(child)  # type: ignore[arg-type]
+        new.built_frozen = built_frozen
+        return new
+
+    return _swap(module, frozen)
 
 
 def require_freezable(module: nn.Module, path: str = "") -> None:
     """Raise ValueError if a batch norm in ``module``, found at ``path``, cannot be frozen by a swap."""
     for name, child in module.named_modules(prefix=path):
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and not (
-            type(child) in _SWAPPABLE and child.bias is not None and child.track_running_stats
+            type(child) in _frozen_forms and child.bias is not None and child.track_running_stats
         ):
             raise ValueError(
                 f"only a BatchNorm2d or SyncBatchNorm with running statistics and affine parameters can be frozen, "
@@ -147,7 +176,7 @@ def thaw_norms(module: nn.Module, *, built_frozen: bool = True) -> nn.Module:
     """
 
     def thawed(child: nn.Module) -> nn.Module | None:
-        if isinstance(child, FrozenBatchNorm2d) and (built_frozen or child.frozen_from):
+        if isinstance(child, FrozenBatchNorm2d) and (built_frozen or not child.built_frozen):
             return _thawed(child)
         return None
 
@@ -155,8 +184,10 @@ def thaw_norms(module: nn.Module, *, built_frozen: bool = True) -> nn.Module:
 
 
 def _frozen(norm: TrainableBatchNorm) -> FrozenBatchNorm2d:
-    frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
+    frozen = _frozen_forms[type(norm)](norm.num_features, norm.eps)
     frozen.frozen_from = (norm,)
+    for name, child in norm.named_children():
+        frozen.add_module(name, child)
     _share_state(norm, frozen, requires_grad=False)
     return frozen
 

@@ -1,8 +1,10 @@
-"""Backbone names and their constructors: ours, the caller's and those of installed plugins."""
+"""Backbone names and their constructors: ours, the caller's, those of installed plugins and of whole libraries."""
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Final, TypeAlias, TypeVar
 
 from backbone.config import BackboneConfig, did_you_mean
@@ -10,6 +12,10 @@ from backbone.features import Backbone
 
 ENTRY_POINT_GROUP: Final = "backbone.backbones"
 """A plugin package declares ``name = "package.module:constructor"`` under this group."""
+
+BUILT_IN: Final = "built in"
+_LIBRARIES: Final = {"timm": "backbone.timm"}
+"""What comes before the slash in the names of a library's models -> the module that knows them, imported on demand."""
 
 BackboneConstructor: TypeAlias = Callable[[BackboneConfig], Backbone]
 Constructor = TypeVar("Constructor", bound=BackboneConstructor)
@@ -43,9 +49,48 @@ def register_backbone(name: str) -> Callable[[Constructor], Constructor]:
     return register
 
 
-def list_backbones(pattern: str = "*") -> list[str]:
-    """Return the known names that match a shell pattern such as ``resnet*``, sorted; plugins stay unimported."""
-    return sorted(name for name in {*_constructors, *_plugins()} if fnmatchcase(name, pattern))
+def list_backbones(pattern: str = "*", *, provider: str | None = None) -> list[str]:
+    """Return the known names that match a shell pattern such as ``resnet*``, sorted; plugins stay unimported.
+
+    Args:
+        pattern: What the names must match. A library's models, of which there are many, are listed only for a pattern
+            that begins with the library, such as ``timm/convnext*``, or when it is the provider.
+        provider: ``built in``, ``timm``, or the name of a plugin's package: list its backbones only, for a pattern with
+            or without ``timm/``.
+
+    Raises:
+        ImportError: If the library is not installed.
+    """
+    library = provider if provider in _LIBRARIES else pattern.partition("/")[0]
+    if library in _LIBRARIES and provider in (None, library):
+        known = _library(library).names()
+        patterns = [pattern, f"{library}/{pattern}"]
+        return sorted(name for name in known if any(fnmatchcase(name, each) for each in patterns))
+    names = sorted(name for name in {*_constructors, *_plugins()} if fnmatchcase(name, pattern))
+    return [name for name in names if provider in (None, origin(name).split(" (", maxsplit=1)[0])]
+
+
+def origin(name: str) -> str:
+    """Return who provides the backbone: ``built in``, ``timm``, a plugin's ``package (module:constructor)``, or the
+    module that registered it.
+    """
+    if name in _constructors:
+        module = getattr(_constructors[name], "__module__", "another module")
+        return BUILT_IN if module.partition(".")[0] == __name__.partition(".")[0] else module
+    if name in (plugins := _plugins()):
+        return " and ".join(_origin(entry) for entry in plugins[name])
+    return name.partition("/")[0]
+
+
+def _library(library: str) -> ModuleType:
+    try:
+        return import_module(_LIBRARIES[library])
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise ModuleNotFoundError(
+            f"the backbones of {library} need it installed: pip install 'backbone[{library}]'", name=library
+        ) from None
 
 
 def find_constructor(name: str) -> BackboneConstructor:
@@ -58,6 +103,9 @@ def find_constructor(name: str) -> BackboneConstructor:
     """
     if name in _constructors:
         return _constructors[name]
+    library = name.partition("/")[0]
+    if library in _LIBRARIES and "/" in name:
+        return _library(library).find_constructor(name)  # type: ignore[no-any-return]
     declared = _plugins().get(name)
     if declared is None:
         known = list_backbones()

@@ -1,0 +1,236 @@
+"""Any timm model behind the contract: ``name: timm/convnext_tiny``, or with a tag, ``timm/convnext_tiny.in12k``."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Final
+
+import timm
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
+from torch import Tensor, nn
+
+from backbone import timm_plan
+from backbone.config import BackboneConfig, NormName, did_you_mean
+from backbone.features import Backbone, Features, Preprocessing
+from backbone.norm import FrozenBatchNorm2d, freeze_norms, norm_layer, register_frozen_form
+from backbone.registry import BackboneConstructor, UnknownBackboneError
+from backbone.simple_pyramid import SimplePyramid
+from backbone.stages import STAGE_NAMES
+
+PREFIX: Final = "timm/"
+
+
+def names() -> list[str]:
+    """Return the names of all of timm's architectures, as a config writes them."""
+    return [PREFIX + name for name in timm.list_models()]
+
+
+def find_constructor(name: str) -> BackboneConstructor:
+    """Return the constructor of ``timm/<architecture>`` or ``timm/<architecture>.<tag>``.
+
+    Raises:
+        UnknownBackboneError: If timm has no such architecture, or no weights under such a tag for it.
+    """
+    model, tag = split_model_name_tag(name.removeprefix(PREFIX))
+    if not timm.is_model(model):
+        raise UnknownBackboneError(
+            f"unknown backbone {name!r}{did_you_mean(name, names())} `backbone list 'timm/*'` shows them all"
+        )
+    tags = _tags(model)
+    if tag and tag not in tags:
+        raise UnknownBackboneError(
+            f"unknown backbone {name!r}{did_you_mean(tag, tags)} tags of {model}: {', '.join(tags) or 'none'}"
+        )
+    return partial(_build, model, tag)
+
+
+def _build(model: str, tag: str, config: BackboneConfig) -> "TimmBackbone":
+    """Build what ``config`` says; refuse what timm has no way to do."""
+    rules = {
+        "dilate_first_block must be false: timm's first dilated block keeps the previous dilation": (
+            config.dilate_first_block and config.output_stride != max(timm_plan.STRIDES.values())
+        ),
+        "stride_in_1x1 must be false: timm's own weights have the stride where the model has it": config.stride_in_1x1,
+        "num_classes must be null: classify with timm.create_model itself": config.num_classes is not None,
+        "checkpoint_stages must be empty: timm recomputes all stages or none": bool(config.checkpoint_stages),
+    }
+    for rule, broken in rules.items():
+        if broken:
+            raise ValueError(f"{config.name}: {rule}")
+    return TimmBackbone(
+        model,
+        tag=tag,
+        in_channels=config.in_channels,
+        norm=config.norm,
+        output_stride=config.output_stride,
+        out_features=config.out_features,
+        zero_init_residual=config.zero_init_residual,
+    )
+
+
+class TimmBackbone(Backbone):
+    """A timm model as C2 to C5 feature maps; its parameters have timm's names after ``network.``.
+
+    The levels are timm's maps at strides 4, 8, 16 and 32; a plain vision transformer, which has one map, gets a simple
+    pyramid, whose parameters belong to no stage. A parameter's stage is the first one whose map depends on it; the
+    stages of a plain vision transformer are the quarters of its blocks. Sizes that the model cannot take are padded
+    with zeros at the right and below, and what comes of the padding is cut off again.
+
+    Args:
+        model: timm's name of the architecture.
+        tag: The weights that ``default`` means; timm's first choice if empty.
+        in_channels: Channels of the images.
+        norm: What becomes of batch norms; other norms stay as they are.
+        output_stride: Largest stride, in image pixels: 32, 16 or 8, where timm can dilate the model.
+        out_features: Levels to return; what only later ones need is not built.
+        zero_init_residual: Whether the last norm of each block starts at zero.
+
+    Raises:
+        ValueError: If the model cannot keep the contract or a setting cannot be honoured.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tag: str = "",
+        in_channels: int = 3,
+        norm: NormName = "frozen_bn",
+        output_stride: int = 32,
+        out_features: Sequence[str] = ("c2", "c3", "c4", "c5"),
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.tag, self.in_channels = model, tag, in_channels
+        last = max(out_features, key=STAGE_NAMES.index)
+        plan = timm_plan.plan(model, in_channels=in_channels, output_stride=output_stride, last_level=last)
+        self._settings = {
+            "in_channels": in_channels,
+            "output_stride": output_stride,
+            "zero_init_residual": zero_init_residual,
+        }
+        network = timm_plan.create(model, **self._settings)
+        network.prune_intermediate_layers(list(plan.kept), prune_norm=True, prune_head=True)
+        timm_plan.drop(network, plan.division.unused)
+        self.network = _with_norms(network, norm, model)
+        self.pyramid: SimplePyramid | None = None
+        if plan.is_plain_vit:
+            strides = {name: stride for name, stride in timm_plan.STRIDES.items() if name in out_features}
+            self.pyramid = SimplePyramid(plan.specs["c5"].channels, plan.specs["c5"].stride, strides)
+            self.feature_specs, self._indices = self.pyramid.specs, [plan.indices["c5"]]
+        else:
+            self.feature_specs = {name: spec for name, spec in plan.specs.items() if name in out_features}
+            self._indices = [plan.indices[name] for name in self.feature_specs]
+        self._size_multiple, self._only_size = plan.size_multiple, plan.only_size
+        self.stage_modules = _prefixed(plan.division.modules)
+        self.stage_parameters = _prefixed(plan.division.parameters)
+        self.unbuilt_prefixes = tuple(f"network.{beginning}" for beginning in plan.dropped_prefixes)
+
+    def forward(self, images: Tensor) -> Features:
+        """Images (N, in_channels, H, W) -> ``{"c2": (N, C, H/4, W/4), ..., "c5": (N, C, H/32, W/32)}``; round up."""
+        height, width = self._require_images(images)
+        bottom, right = -height % self._size_multiple, -width % self._size_multiple
+        maps = timm_plan.forward(self.network, F.pad(images, (0, right, 0, bottom)), self._indices)
+        if self.pyramid is not None:
+            features: Features = self.pyramid(maps[0])
+        else:
+            features = dict(zip(self.feature_specs, maps, strict=True))
+        if not bottom and not right:
+            return features
+        sizes = {name: (-(-height // s.stride), -(-width // s.stride)) for name, s in self.feature_specs.items()}
+        return {name: features[name][..., :rows, :columns] for name, (rows, columns) in sizes.items()}
+
+    def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing]:
+        """Return timm's weights under the tag ``name``, fetched by timm; ``default`` is timm's first choice."""
+        tags = _tags(self.model)
+        tag = (self.tag or next(iter(tags), "")) if name == "default" else name
+        if tag not in tags:
+            offered = f"one of default, {', '.join(tags)}" if tags else "null, for timm publishes none"
+            raise ValueError(f"weights of timm/{self.model} must be {offered}, or a path; got {name!r}")
+        network = timm_plan.create(f"{self.model}.{tag}", **self._settings, pretrained=True)
+        config = network.pretrained_cfg
+        preprocessing = Preprocessing(
+            mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]
+        )
+        return self._own_names(network.state_dict()), preprocessing
+
+    def _own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``state``, in timm's names, in this backbone's; the pyramid, which timm lacks, stays as it is."""
+        own = {f"pyramid.{key}": value for key, value in self.pyramid.state_dict().items()} if self.pyramid else {}
+        return own | {f"network.{key}": value for key, value in state.items()}
+
+    def _require_images(self, images: Tensor) -> tuple[int, int]:
+        if images.ndim != 4 or images.shape[1] != self.in_channels or not images.is_floating_point():  # noqa: PLR2004
+            raise ValueError(
+                f"images must be a floating-point tensor (N, {self.in_channels}, H, W), got {images.dtype} "
+                f"{tuple(images.shape)}; add the batch dimension, scale and normalise, or set in_channels"
+            )
+        height, width = images.shape[-2:]
+        if self._only_size not in (None, (height, width)):
+            raise ValueError(
+                f"images of timm/{self.model} must be {self._only_size[0]}x{self._only_size[1]} pixels, the only size "
+                f"its position embeddings or windows are made for, got {height}x{width}; resize them, or choose a "
+                f"model that takes any size"
+            )
+        return height, width
+
+
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+    """The frozen form of timm's BatchNormAct2d: norm, then drop layer and activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C, H, W) -> the same shape."""
+        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm2d):
+    """The frozen form of BatchNorm1d, which some of timm's transformers have on tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (N, C) or (N, C, L) -> the same shape."""
+        return super().forward(x.reshape(*x.shape[:2], -1, 1)).reshape(x.shape)
+
+
+register_frozen_form(BatchNormAct2d, FrozenBatchNormAct2d)
+register_frozen_form(SyncBatchNormAct, FrozenBatchNormAct2d)
+register_frozen_form(nn.BatchNorm1d, FrozenBatchNorm1d)
+
+
+def _with_norms(network: nn.Module, norm: NormName, model: str) -> nn.Module:
+    """Replace the batch norms of ``network`` by ``norm``."""
+    if norm == "frozen_bn":
+        return freeze_norms(network, built_frozen=True)
+    if norm == "sync_bn":
+        return convert_sync_batchnorm(network)  # type: ignore[no-any-return]
+    if norm == "gn":
+        _replace_by_group_norms(network, model)
+    return network
+
+
+def _replace_by_group_norms(network: nn.Module, model: str) -> None:
+    norms = {path: m for path, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    if not norms:
+        raise ValueError(f"norm must not be gn for timm/{model}, which has no batch norm that GroupNorm could replace")
+    for path, old in norms.items():
+        try:
+            new: nn.Module = norm_layer("gn")(old.num_features)
+        except ValueError as error:
+            raise ValueError(f"norm must not be gn for timm/{model}: {path}: {error}") from None
+        if isinstance(old, BatchNormAct2d):
+            new = GroupNormAct(old.num_features, num_groups=new.num_groups, apply_act=False)
+            new.drop, new.act = old.drop, old.act
+        network.set_submodule(path, new)
+
+
+def _tags(model: str) -> list[str]:
+    """Return the tags under which timm publishes weights of ``model``, its first choice first."""
+    configs = get_arch_pretrained_cfgs(model)
+    return [split_model_name_tag(name)[1] for name, config in configs.items() if config.has_weights]
+
+
+def _prefixed(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {stage: [f"network.{path}" for path in paths] for stage, paths in names.items()}
