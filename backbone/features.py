@@ -53,8 +53,6 @@ class Backbone(nn.Module):
             Names rather than modules, so that swapping a module cannot leave a stale reference behind.
         stage_parameters: For each stage the dotted names of parameters in no module of that stage alone, such as a
             position embedding that lies beside all blocks; most networks have none.
-        num_frozen_stages: How many stages ``freeze_stages`` froze. They stay in evaluation mode whatever ``train()``
-            says, so that neither dropout nor drop-path acts there.
         preprocessing: What the loaded weights expect of an image; torchvision's ImageNet values until then.
         unbuilt_prefixes: Parameter-name prefixes of the complete network that this instance left out.
             A checkpoint may carry them; anything else it carries must match.
@@ -65,7 +63,6 @@ class Backbone(nn.Module):
         self.feature_specs: dict[str, FeatureSpec] = {}
         self.stage_modules: Mapping[str, Sequence[str]] = {}
         self.stage_parameters: Mapping[str, Sequence[str]] = {}
-        self.num_frozen_stages = 0
         self.preprocessing = Preprocessing()
         self.unbuilt_prefixes: tuple[str, ...] = ()
 
@@ -86,11 +83,12 @@ class Backbone(nn.Module):
         return stages
 
     def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode, as every module does; frozen stages stay in evaluation mode."""
+        """Set training or evaluation mode, as every module does; what ``freeze_stages`` froze stays in the latter."""
         super().train(mode)
-        for name, modules in self.stages.items():
-            if STAGE_NAMES.index(name) < self.num_frozen_stages:
-                modules.eval()
+        for modules in self.stages.values():
+            for module in modules:
+                if getattr(module, "is_frozen", False):
+                    module.eval()
         return self
 
     def adopt(self, name: str, backbone: "Backbone") -> None:
@@ -99,6 +97,9 @@ class Backbone(nn.Module):
         self.preprocessing = backbone.preprocessing
         self.stage_modules = {
             stage: tuple(f"{name}.{path}" for path in paths) for stage, paths in backbone.stage_modules.items()
+        }
+        self.stage_parameters = {
+            stage: tuple(f"{name}.{path}" for path in paths) for stage, paths in backbone.stage_parameters.items()
         }
         self.unbuilt_prefixes = tuple(f"{name}.{prefix}" for prefix in backbone.unbuilt_prefixes)
 

@@ -16,7 +16,8 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
     Stage 1 is the stem, 2 is C2, ... 5 is C5; 0 thaws everything. Frozen parameters require no grad, hold no grad,
     and every BatchNorm2d among them becomes a FrozenBatchNorm2d holding the same Parameter objects, so ``train()``
     cannot move it and an existing optimizer stays valid. Thawing swaps the same BatchNorm2d back, with its hooks, which
-    rest meanwhile. A frozen stage stays in evaluation mode, so that neither dropout nor drop-path acts in it. Norms that were built frozen (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes
+    rest meanwhile. Frozen modules stay in evaluation mode (``is_frozen``), so that no dropout or drop-path acts in them.
+    Norms that were built frozen (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes
     them trainable.
 
     Args:
@@ -41,9 +42,11 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
             if swapped is not module:
                 backbone.set_submodule(path, swapped)
             _set_trainable(swapped, not freeze)
+            if freeze or getattr(module, "is_frozen", False):
+                swapped.train(backbone.training and not freeze)
+            swapped.is_frozen = freeze  # type: ignore[assignment]
         for path in backbone.stage_parameters.get(stage, ()):
             _set_parameter_trainable(backbone.get_parameter(path), not freeze)
-    _set_modes(backbone, freeze_at)
 
 
 def _require_freeze_at(freeze_at: int) -> None:
@@ -108,17 +111,6 @@ def _set_parameter_trainable(parameter: nn.Parameter, trainable: bool) -> None:
     parameter.requires_grad_(trainable)
     if not trainable:
         parameter.grad = None  # a gradient left behind would let the optimizer take one more step
-
-
-def _set_modes(backbone: Backbone, freeze_at: int) -> None:
-    """Put frozen stages into evaluation mode and thawed ones back into the backbone's."""
-    before, backbone.num_frozen_stages = backbone.num_frozen_stages, freeze_at
-    for stage, modules in backbone.stages.items():
-        number = STAGE_NAMES.index(stage)
-        if number < freeze_at:
-            modules.eval()
-        elif number < before:
-            modules.train(backbone.training)
 
 
 @dataclass(frozen=True, slots=True)
