@@ -5,6 +5,7 @@ import warnings
 from backbone.config import BackboneConfig
 from backbone.features import Backbone
 from backbone.freeze import freeze_stages
+from backbone.norm import FrozenBatchNorm2d
 from backbone.registry import find_constructor
 from backbone.weights import load_weights
 
@@ -25,7 +26,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     """
     backbone = construct(config)
     if config.weights is None:
-        _warn_if_frozen_at_random(config)
+        _warn_if_frozen_at_random(backbone, config)
     else:
         load_weights(backbone, config.weights, name=config.name, stem_channels_from=config.stem_channels_from)
     freeze_stages(backbone, config.freeze_at)
@@ -54,9 +55,9 @@ def _check_contract(backbone: Backbone, config: BackboneConfig) -> None:
         )
 
 
-def _warn_if_frozen_at_random(config: BackboneConfig) -> None:
+def _warn_if_frozen_at_random(backbone: Backbone, config: BackboneConfig) -> None:
     frozen = [f"the first {config.freeze_at} stages"] if config.freeze_at else []
-    frozen += ["all norms"] if config.norm == "frozen_bn" else []
+    frozen += ["all norms"] if any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules()) else []
     if frozen:
         warnings.warn(
             f"{config.name}: {' and '.join(frozen)} are frozen at random weights and will never train; set weights, "

@@ -19,11 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from backbone.builder import build_backbone
+from backbone.catalogue import Entry, find_backbones, parse_count, parse_strides
 from backbone.config import BackboneConfig, explain, load_config
 from backbone.describe import Description, describe
 from backbone.extract import extract_features, find_images, read_image, refuse_overwriting, save_results
 from backbone.features import Backbone
-from backbone.registry import list_backbones
 from backbone.weights import TARGETS, Inspection, convert_weights, inspect_weights, load_weights
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -49,14 +49,39 @@ def main() -> None:
 
 @app.command("list")
 def list_command(
-    pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*' or 'timm/convnext*'.")] = "*",
+    provider: Annotated[str | None, typer.Option(help="'built in', 'timm' or a plugin's package.")] = None,
+    max_parameters: Annotated[str | None, typer.Option(metavar="N", help="Largest size, such as 30M.")] = None,
+    strides: Annotated[str | None, typer.Option(metavar="S,S,...", help="Strides it must have: 4,8,16,32.")] = None,
 ) -> None:
     """List the backbones that a config can name."""
-    names = list_backbones(pattern)
-    if not names:
-        _fail(f"no backbone matches {pattern!r}; `backbone list` shows them all")
-    for name in names:
-        print(name)
+    with _readable_errors(), errors.status("measuring" if max_parameters or strides else "listing"):
+        entries = list(
+            find_backbones(
+                pattern,
+                provider=provider,
+                max_parameters=None if max_parameters is None else parse_count(max_parameters),
+                strides=() if strides is None else parse_strides(strides),
+                on_error=lambda name, error: _print_error(f"{name} left out: {error}"),
+            )
+        )
+    if not entries:
+        _fail(f"no backbone matches {pattern!r} and the filters; `backbone list` and `backbone list 'timm/*'` show all")
+    if sys.stdout.isatty():
+        _print_entries(entries)
+    else:
+        print(*(entry.name for entry in entries), sep="\n")
+
+
+def _print_entries(entries: list[Entry]) -> None:
+    table = Table(box=box.SIMPLE, padding=0)
+    measured = entries[0].parameters is not None
+    for column in ("name", "origin", *(("parameters", "strides") if measured else ())):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    for entry in entries:
+        numbers = (f"{entry.parameters:,}", ", ".join(map(str, entry.strides or ()))) if measured else ()
+        table.add_row(entry.name, entry.origin, *numbers)
+    console.print(table)
 
 
 @app.command("describe")
@@ -194,10 +219,10 @@ def _print_description(name: str, image_size: tuple[int, int], description: Desc
         table.add_row(
             stage.name,
             str(stage.blocks or "-"),
-            str(stage.channels),
-            str(stage.stride),
+            str(stage.channels or "-"),
+            str(stage.stride or "-"),
             ", ".join(map(str, stage.dilations)) or "-",
-            f"{stage.size[0]}x{stage.size[1]}",
+            f"{stage.size[0]}x{stage.size[1]}" if stage.size else "-",
             f"{stage.parameters:,}",
             f"{stage.multiply_adds / 1e9:.2f}",
             "yes" if stage.frozen else "no",

@@ -1,6 +1,6 @@
 """What a backbone is made of, stage by stage: shapes, parameters and operations, counted and not estimated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +12,7 @@ from backbone.features import Backbone
 from backbone.freeze import freeze_report
 
 _PROBE_SIDE: Final = 64  # image pixels; a multiple of every stride
+_STRIDES: Final = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,10 @@ class StageDescription:
     Attributes:
         name: ``stem``, ``c2`` to ``c5``.
         blocks: Number of residual blocks; 0 where there are none.
-        channels: Channels of the stage's output.
-        stride: Image pixels per feature pixel.
+        channels: Channels of the stage's output; None where it is no feature map (a transformer's tokens).
+        stride: Image pixels per feature pixel; None as for channels.
         dilations: Dilations of the convolutions larger than 1x1, in order, without repeats.
-        size: Height and width of the output, in feature pixels.
+        size: Height and width of the output, in feature pixels; None as for channels.
         parameters: Number of scalar parameters.
         multiply_adds: Multiply-adds of the stage's convolutions and matrix products.
         frozen: Whether nothing in the stage can move.
@@ -32,10 +33,10 @@ class StageDescription:
 
     name: str
     blocks: int
-    channels: int
-    stride: int
+    channels: int | None
+    stride: int | None
     dilations: tuple[int, ...]
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     parameters: int
     multiply_adds: int
     frozen: bool
@@ -66,59 +67,92 @@ def describe(backbone: Backbone, image_size: tuple[int, int], *, in_channels: in
         image_size: Height and width, in pixels.
         in_channels: Channels of the image.
     """
-    measured, flops = _run(backbone, (1, in_channels, *image_size))
-    # A stage that is no output has no spec to tell its stride, and on a small image rounding up hides it.
-    probed, _ = _run(backbone, (1, in_channels, _PROBE_SIDE, _PROBE_SIDE))
-    strides = {name: _PROBE_SIDE // shape[-1] for name, (shape, _) in probed.items()}
+    maps, operations = _run(backbone, (1, in_channels, *image_size))
+    strides: dict[str, int | None] = {name: _stride(image_size, shape) for name, shape in maps.items()}
+    if None in strides.values():  # small images fit several strides, and then any size may be tried
+        probed, _ = _run(backbone, (1, in_channels, _PROBE_SIDE, _PROBE_SIDE))
+        strides = {name: _PROBE_SIDE // shape[-1] for name, shape in probed.items()}
     strides |= {name: spec.stride for name, spec in backbone.feature_specs.items()}
     report = freeze_report(backbone)
-    stages, flops_before = [], 0
+    stages = []
     for name, modules in backbone.stages.items():
         convs = [m for m in modules.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
-        (_, channels, height, width), flops_so_far = measured[name]
+        shape = maps.get(name)
         stages.append(
             StageDescription(
                 name=name,
-                blocks=sum(len(module) for module in modules if isinstance(module, nn.Sequential)),
-                channels=channels,
-                stride=strides[name],
+                blocks=sum(_num_blocks(module) for module in modules),
+                channels=shape[1] if shape else None,
+                stride=strides[name] if shape else None,
                 dilations=tuple(dict.fromkeys(int(conv.dilation[0]) for conv in convs)),
-                size=(height, width),
+                size=(shape[2], shape[3]) if shape else None,
                 parameters=report[name].parameters,
-                multiply_adds=(flops_so_far - flops_before) // 2,
+                multiply_adds=sum(_count(backbone, path, operations) for path in backbone.stage_modules[name]) // 2,
                 frozen=report[name].frozen,
             )
         )
-        flops_before = flops_so_far
     tensors = [*backbone.parameters(), *backbone.buffers()]
     return Description(
         stages=tuple(stages),
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
-        multiply_adds=flops // 2,
+        multiply_adds=operations[""] // 2,
         megabytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
     )
 
 
-def _run(backbone: Backbone, image_shape: tuple[int, ...]) -> tuple[dict[str, tuple[torch.Size, int]], int]:
-    """Return each stage's output shape with the floating-point operations up to there, and those of the whole run."""
-    measured: dict[str, tuple[torch.Size, int]] = {}
+def _run(backbone: Backbone, image_shape: tuple[int, ...]) -> tuple[dict[str, torch.Size], dict[str, int]]:
+    """Return the shape of each stage's map, and the floating-point operations of each module and of all, ``""``."""
+    maps: dict[str, torch.Size] = {}
     counter = FlopCounterMode(display=False)
 
-    def watch(stage: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def record(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            measured[stage] = output.shape, counter.get_total_flops()
+    def watch(stage: str) -> Callable[[nn.Module, object, object], None]:
+        def record(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and _is_map(output.shape, image_shape):
+                maps[stage] = output.shape  # the last one stays
 
         return record
 
     modes = {module: module.training for module in backbone.modules()}
-    hooks = [modules[-1].register_forward_hook(watch(stage)) for stage, modules in backbone.stages.items()]
+    hooks = [m.register_forward_hook(watch(stage)) for stage, modules in backbone.stages.items() for m in modules]
     try:
         backbone.eval()  # training would move running statistics, and fails where one pixel is left
         with torch.no_grad(), counter:
-            backbone(next(backbone.parameters()).new_zeros(image_shape))
+            features = backbone(next(backbone.parameters()).new_zeros(image_shape))
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    return measured, counter.get_total_flops()
+    maps |= {name: features[name].shape for name in backbone.feature_specs}
+    root = type(backbone).__name__
+    counts = counter.get_flop_counts()
+    operations = {name.removeprefix(f"{root}."): sum(each.values()) for name, each in counts.items()}
+    return maps, operations | {"": counter.get_total_flops()}
+
+
+def _is_map(shape: Sequence[int], image_shape: Sequence[int]) -> bool:
+    """Whether a shape is (1, C, H / stride, W / stride) rather than tokens or channels-last."""
+    return len(shape) == len(image_shape) and any(_fits(image_shape[2:], shape[2:], stride) for stride in _STRIDES)
+
+
+def _stride(image_size: Sequence[int], shape: Sequence[int]) -> int | None:
+    """Return the stride of a map of this shape; None where several would do."""
+    fitting = [stride for stride in _STRIDES if _fits(image_size, shape[2:], stride)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _fits(image_size: Sequence[int], size: Sequence[int], stride: int) -> bool:
+    return tuple(size) == tuple(-(-side // stride) for side in image_size)
+
+
+def _num_blocks(module: nn.Module) -> int:
+    blocks = getattr(module, "blocks", module)
+    return len(blocks) if isinstance(blocks, nn.Sequential) else 0
+
+
+def _count(backbone: Backbone, path: str, operations: Mapping[str, int]) -> int:
+    """Return the operations of a module; those of its children where it is only a container."""
+    if path in operations:
+        return operations[path]
+    children = backbone.get_submodule(path).named_children()
+    return sum(_count(backbone, f"{path}.{name}", operations) for name, _ in children)

@@ -61,11 +61,10 @@ def list_backbones(pattern: str = "*", *, provider: str | None = None) -> list[s
     Raises:
         ImportError: If the library is not installed.
     """
-    library = provider if provider in _LIBRARIES else pattern.partition("/")[0]
-    if library in _LIBRARIES and provider in (None, library):
-        known = _library(library).names()
-        patterns = [pattern, f"{library}/{pattern}"]
-        return sorted(name for name in known if any(fnmatchcase(name, each) for each in patterns))
+    library = find_library(pattern if provider is None else f"{provider}/")
+    if library is not None:
+        patterns = [pattern, f"{provider}/{pattern}"]
+        return sorted(name for name in library.names() if any(fnmatchcase(name, each) for each in patterns))
     names = sorted(name for name in {*_constructors, *_plugins()} if fnmatchcase(name, pattern))
     return [name for name in names if provider in (None, origin(name).split(" (", maxsplit=1)[0])]
 
@@ -82,14 +81,25 @@ def origin(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _library(library: str) -> ModuleType:
+def find_library(name: str) -> ModuleType | None:
+    """Return the module that knows the models of the library before the slash in ``name``; None without a library.
+
+    It has ``names()``, ``find_constructor(name)`` and ``measure(name)``.
+
+    Raises:
+        ImportError: If the library is not installed; names what to install.
+    """
+    library, slash, _ = name.partition("/")
+    if not slash or library not in _LIBRARIES:
+        return None
     try:
         return import_module(_LIBRARIES[library])
     except ModuleNotFoundError as error:
         if error.name != library:
             raise
         raise ModuleNotFoundError(
-            f"the backbones of {library} need it installed: pip install 'backbone[{library}]'", name=library
+            f"backbones named {library}/... need {library}, which is not installed: pip install 'backbone[{library}]'",
+            name=library,
         ) from None
 
 
@@ -103,9 +113,9 @@ def find_constructor(name: str) -> BackboneConstructor:
     """
     if name in _constructors:
         return _constructors[name]
-    library = name.partition("/")[0]
-    if library in _LIBRARIES and "/" in name:
-        return _library(library).find_constructor(name)  # type: ignore[no-any-return]
+    library = find_library(name)
+    if library is not None:
+        return library.find_constructor(name)  # type: ignore[no-any-return]
     declared = _plugins().get(name)
     if declared is None:
         known = list_backbones()

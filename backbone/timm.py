@@ -5,6 +5,7 @@ from functools import partial
 from typing import Final
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
@@ -43,6 +44,21 @@ def find_constructor(name: str) -> BackboneConstructor:
             f"unknown backbone {name!r}{did_you_mean(tag, tags)} tags of {model}: {', '.join(tags) or 'none'}"
         )
     return partial(_build, model, tag)
+
+
+def measure(name: str) -> tuple[int, tuple[int, ...]]:
+    """Return parameters and strides of a model as timm states them, quicker than building it would tell.
+
+    Raises:
+        ValueError: If it has none of the strides 4, 8, 16, 32.
+    """
+    model = split_model_name_tag(name.removeprefix(PREFIX))[0]
+    with torch.device("meta"):
+        network = timm.create_model(model)
+    strides = [int(entry["reduction"]) for entry in network.feature_info]
+    found = timm_plan.levels(model, strides)
+    network.prune_intermediate_layers(list(found.values()), prune_norm=True, prune_head=True)
+    return sum(p.numel() for p in network.parameters()), tuple(timm_plan.STRIDES[level] for level in found)
 
 
 def _build(model: str, tag: str, config: BackboneConfig) -> "TimmBackbone":
@@ -118,11 +134,11 @@ class TimmBackbone(Backbone):
         if plan.is_plain_vit:
             strides = {name: stride for name, stride in timm_plan.STRIDES.items() if name in out_features}
             self.pyramid = SimplePyramid(plan.specs["c5"].channels, plan.specs["c5"].stride, strides)
-            self.feature_specs, self._indices = self.pyramid.specs, [plan.indices["c5"]]
+            self.feature_specs, self.indices = self.pyramid.specs, [plan.indices["c5"]]
         else:
             self.feature_specs = {name: spec for name, spec in plan.specs.items() if name in out_features}
-            self._indices = [plan.indices[name] for name in self.feature_specs]
-        self._size_multiple, self._only_size = plan.size_multiple, plan.only_size
+            self.indices = [plan.indices[name] for name in self.feature_specs]
+        self.size_multiple, self.only_size = plan.size_multiple, plan.only_size
         self.stage_modules = _prefixed(plan.division.modules)
         self.stage_parameters = _prefixed(plan.division.parameters)
         self.unbuilt_prefixes = tuple(f"network.{beginning}" for beginning in plan.dropped_prefixes)
@@ -130,8 +146,8 @@ class TimmBackbone(Backbone):
     def forward(self, images: Tensor) -> Features:
         """Images (N, in_channels, H, W) -> ``{"c2": (N, C, H/4, W/4), ..., "c5": (N, C, H/32, W/32)}``; round up."""
         height, width = self._require_images(images)
-        bottom, right = -height % self._size_multiple, -width % self._size_multiple
-        maps = timm_plan.forward(self.network, F.pad(images, (0, right, 0, bottom)), self._indices)
+        bottom, right = -height % self.size_multiple, -width % self.size_multiple
+        maps = timm_plan.features_at(self.network, F.pad(images, (0, right, 0, bottom)), self.indices)
         if self.pyramid is not None:
             features: Features = self.pyramid(maps[0])
         else:
@@ -167,9 +183,9 @@ class TimmBackbone(Backbone):
                 f"{tuple(images.shape)}; add the batch dimension, scale and normalise, or set in_channels"
             )
         height, width = images.shape[-2:]
-        if self._only_size not in (None, (height, width)):
+        if self.only_size not in (None, (height, width)):
             raise ValueError(
-                f"images of timm/{self.model} must be {self._only_size[0]}x{self._only_size[1]} pixels, the only size "
+                f"images of timm/{self.model} must be {self.only_size[0]}x{self.only_size[1]} pixels, the only size "
                 f"its position embeddings or windows are made for, got {height}x{width}; resize them, or choose a "
                 f"model that takes any size"
             )

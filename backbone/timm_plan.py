@@ -97,28 +97,27 @@ def plan(model: str, *, in_channels: int, output_stride: int, last_level: str) -
             undilated = create(model, in_channels=in_channels, output_stride=_COARSEST, zero_init_residual=False)
     info, strides = list(network.feature_info), [int(entry["reduction"]) for entry in undilated.feature_info]
     complete = list(network.state_dict())
-    is_plain_vit = len(strides) > 1 and len(set(strides)) == 1
-    indices = _vit_levels(model, strides) if is_plain_vit else _levels(model, strides, last_level)
+    indices, is_vit = levels(model, strides, last_level), is_plain_vit(strides)
     first = min(indices.values())
-    kept = (*(() if is_plain_vit else range(first)), *indices.values())
+    kept = (*(() if is_vit else range(first)), *indices.values())
     network.prune_intermediate_layers(list(kept), prune_norm=True, prune_head=True)
 
     specs = {name: FeatureSpec(int(info[i]["num_chs"]), min(strides[i], output_stride)) for name, i in indices.items()}
     run = Runner(network, kept, in_channels)
     native = tuple(network.pretrained_cfg["input_size"][1:])
     wanted = {kept.index(indices[name]): spec.stride for name, spec in specs.items()}
-    size_multiple, only_size = _accepted_sizes(model, run, wanted, native, rounds_up=not is_plain_vit)
+    size_multiple, only_size = _accepted_sizes(model, run, wanted, native, rounds_up=not is_vit)
     traced = run(only_size or tuple(-(-side // size_multiple) * size_multiple for side in native))
     names = {index: name for name, index in indices.items()}
     owners = _owners(network, traced, [names.get(index, "stem") for index in kept], info[first]["module"])
     division = divide(network, owners, "stem")
     drop(network, division.unused)
     return Plan(
-        indices, specs, is_plain_vit, size_multiple, only_size, kept, division, _lacking(complete, network.state_dict())
+        indices, specs, is_vit, size_multiple, only_size, kept, division, _lacking(complete, network.state_dict())
     )
 
 
-def forward(network: nn.Module, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+def features_at(network: nn.Module, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
     """Images (N, C, H, W) -> the maps that timm numbers ``indices``, each (N, C_i, H_i, W_i)."""
     return network.forward_intermediates(  # type: ignore[operator, no-any-return]
         images, indices=list(indices), norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
@@ -136,27 +135,33 @@ def drop(network: nn.Module, unused: Sequence[str]) -> None:
             owner._modules[name] = nn.Identity()
 
 
-def _levels(model: str, strides: Sequence[int], last_level: str) -> dict[str, int]:
-    """Return the last of timm's maps at each level's stride, up to ``last_level``."""
+def levels(model: str, strides: Sequence[int], last_level: str = "c5") -> dict[str, int]:
+    """Return for each level up to ``last_level`` the index of its map among those of the given strides.
+
+    Of several maps at one stride it is the last. A plain vision transformer has one stride, and its levels are the last
+    blocks of its quarters.
+
+    Raises:
+        ValueError: If there is none.
+    """
     found = {
         name: max(index for index, stride in enumerate(strides) if stride == wanted)
         for name, wanted in STRIDES.items()
-        if wanted in strides
+        if wanted in strides and wanted <= STRIDES[last_level]
     }
-    if last_level not in found:
-        offered = ", ".join(found) or f"none; its maps have strides {', '.join(map(str, strides))}"
-        raise ValueError(f"out_features must be among the levels of timm/{model}, {offered}; got {last_level}")
-    return {name: index for name, index in found.items() if STRIDES[name] <= STRIDES[last_level]}
-
-
-def _vit_levels(model: str, strides: Sequence[int]) -> dict[str, int]:
-    """Return the last block of each quarter of a plain vision transformer."""
-    if strides[0] not in STRIDES.values():
+    if is_plain_vit(strides) and strides[0] in STRIDES.values():
+        return {name: len(strides) * quarter // 4 - 1 for quarter, name in enumerate(STRIDES, start=1)}
+    if not found:
         raise ValueError(
-            f"timm/{model} makes one map at stride {strides[0]}, from which no maps at strides 4, 8, 16 and 32 can be "
-            f"made by doubling and halving; choose a model with patches of 8, 16 or 32 pixels"
+            f"timm/{model} has maps at strides {', '.join(map(str, dict.fromkeys(strides)))}, which give none of c2 to "
+            f"{last_level} (strides 4, 8, 16, 32); choose another model"
         )
-    return {name: len(strides) * quarter // 4 - 1 for quarter, name in enumerate(STRIDES, start=1)}
+    return found
+
+
+def is_plain_vit(strides: Sequence[int]) -> bool:
+    """Whether all of several maps have one stride, so that a pyramid must be made of the last."""
+    return len(strides) > 1 and len(set(strides)) == 1
 
 
 class Runner:
@@ -168,7 +173,7 @@ class Runner:
     def __call__(self, size: tuple[int, int]) -> Trace:
         """Return what a run on images of ``size`` shows."""
         shape = (_BATCH, self.in_channels, *size)
-        return trace(self.network, lambda images: forward(self.network, images, self.indices), shape)
+        return trace(self.network, lambda images: features_at(self.network, images, self.indices), shape)
 
 
 def _accepted_sizes(
