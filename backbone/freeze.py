@@ -16,9 +16,8 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
     Stage 1 is the stem, 2 is C2, ... 5 is C5; 0 thaws everything. Frozen parameters require no grad, hold no grad,
     and every BatchNorm2d among them becomes a FrozenBatchNorm2d holding the same Parameter objects, so ``train()``
     cannot move it and an existing optimizer stays valid. Thawing swaps the same BatchNorm2d back, with its hooks, which
-    rest meanwhile. Frozen modules stay in evaluation mode (``is_frozen``), so that no dropout or drop-path acts in them.
-    Norms that were built frozen (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes
-    them trainable.
+    rest meanwhile. Frozen modules stay in evaluation mode (``is_frozen``), so that no dropout or drop-path acts there.
+    Norms that were built frozen (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes them trainable.
 
     Args:
         backbone: Any backbone of this package; weights already loaded.

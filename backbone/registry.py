@@ -70,9 +70,7 @@ def list_backbones(pattern: str = "*", *, provider: str | None = None) -> list[s
 
 
 def origin(name: str) -> str:
-    """Return who provides the backbone: ``built in``, ``timm``, a plugin's ``package (module:constructor)``, or the
-    module that registered it.
-    """
+    """Return who provides it: ``built in``, ``timm``, ``package (module:constructor)``, or a registering module."""
     if name in _constructors:
         module = getattr(_constructors[name], "__module__", "another module")
         return BUILT_IN if module.partition(".")[0] == __name__.partition(".")[0] else module

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
+from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ def find_constructor(name: str) -> BackboneConstructor:
         raise UnknownBackboneError(
             f"unknown backbone {name!r}{did_you_mean(tag, tags)} tags of {model}: {', '.join(tags) or 'none'}"
         )
-    return partial(_build, model, tag)
+    return partial(_build, name.removeprefix(PREFIX))
 
 
 def measure(name: str) -> tuple[int, tuple[int, ...]]:
@@ -54,14 +54,14 @@ def measure(name: str) -> tuple[int, tuple[int, ...]]:
     """
     model = split_model_name_tag(name.removeprefix(PREFIX))[0]
     with torch.device("meta"):
-        network = timm.create_model(model)
+        network: Any = timm.create_model(model)
     strides = [int(entry["reduction"]) for entry in network.feature_info]
     found = timm_plan.levels(model, strides)
     network.prune_intermediate_layers(list(found.values()), prune_norm=True, prune_head=True)
     return sum(p.numel() for p in network.parameters()), tuple(timm_plan.STRIDES[level] for level in found)
 
 
-def _build(model: str, tag: str, config: BackboneConfig) -> "TimmBackbone":
+def _build(model: str, config: BackboneConfig) -> "TimmBackbone":
     """Build what ``config`` says; refuse what timm has no way to do."""
     rules = {
         "dilate_first_block must be false: timm's first dilated block keeps the previous dilation": (
@@ -76,7 +76,6 @@ def _build(model: str, tag: str, config: BackboneConfig) -> "TimmBackbone":
             raise ValueError(f"{config.name}: {rule}")
     return TimmBackbone(
         model,
-        tag=tag,
         in_channels=config.in_channels,
         norm=config.norm,
         output_stride=config.output_stride,
@@ -94,8 +93,7 @@ class TimmBackbone(Backbone):
     with zeros at the right and below, and what comes of the padding is cut off again.
 
     Args:
-        model: timm's name of the architecture.
-        tag: The weights that ``default`` means; timm's first choice if empty.
+        model: timm's name of the architecture, with or without the tag of its weights.
         in_channels: Channels of the images.
         norm: What becomes of batch norms; other norms stay as they are.
         output_stride: Largest stride, in image pixels: 32, 16 or 8, where timm can dilate the model.
@@ -110,7 +108,6 @@ class TimmBackbone(Backbone):
         self,
         model: str,
         *,
-        tag: str = "",
         in_channels: int = 3,
         norm: NormName = "frozen_bn",
         output_stride: int = 32,
@@ -118,15 +115,16 @@ class TimmBackbone(Backbone):
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.tag, self.in_channels = model, tag, in_channels
+        self.model, self.in_channels = model, in_channels
         last = max(out_features, key=STAGE_NAMES.index)
         plan = timm_plan.plan(model, in_channels=in_channels, output_stride=output_stride, last_level=last)
-        self._settings = {
-            "in_channels": in_channels,
-            "output_stride": output_stride,
-            "zero_init_residual": zero_init_residual,
-        }
-        network = timm_plan.create(model, **self._settings)
+        self._create = partial(
+            timm_plan.create,
+            in_channels=in_channels,
+            output_stride=output_stride,
+            zero_init_residual=zero_init_residual,
+        )
+        network: Any = self._create(model)
         network.prune_intermediate_layers(list(plan.kept), prune_norm=True, prune_head=True)
         timm_plan.drop(network, plan.division.unused)
         self.network = _with_norms(network, norm, model)
@@ -159,12 +157,17 @@ class TimmBackbone(Backbone):
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing]:
         """Return timm's weights under the tag ``name``, fetched by timm; ``default`` is timm's first choice."""
-        tags = _tags(self.model)
-        tag = (self.tag or next(iter(tags), "")) if name == "default" else name
+        model, own_tag = split_model_name_tag(self.model)
+        tags = _tags(model)
+        tag = (own_tag or next(iter(tags), "")) if name == "default" else name
         if tag not in tags:
             offered = f"one of default, {', '.join(tags)}" if tags else "null, for timm publishes none"
-            raise ValueError(f"weights of timm/{self.model} must be {offered}, or a path; got {name!r}")
-        network = timm_plan.create(f"{self.model}.{tag}", **self._settings, pretrained=True)
+            raise ValueError(f"weights of timm/{model} must be {offered}, or a path; got {name!r}")
+        try:
+            network: Any = self._create(f"{model}.{tag}", pretrained=True)
+        except (OSError, RuntimeError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"timm/{model}: timm cannot load its weights {tag}: {' '.join(str(error).split())}") from None
         config = network.pretrained_cfg
         preprocessing = Preprocessing(
             mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]
@@ -221,7 +224,7 @@ def _with_norms(network: nn.Module, norm: NormName, model: str) -> nn.Module:
     if norm == "frozen_bn":
         return freeze_norms(network, built_frozen=True)
     if norm == "sync_bn":
-        return convert_sync_batchnorm(network)  # type: ignore[no-any-return]
+        return convert_sync_batchnorm(network)  # type: ignore[no-any-return, no-untyped-call]
     if norm == "gn":
         _replace_by_group_norms(network, model)
     return network
@@ -233,7 +236,7 @@ def _replace_by_group_norms(network: nn.Module, model: str) -> None:
         raise ValueError(f"norm must not be gn for timm/{model}, which has no batch norm that GroupNorm could replace")
     for path, old in norms.items():
         try:
-            new: nn.Module = norm_layer("gn")(old.num_features)
+            new: Any = norm_layer("gn")(old.num_features)
         except ValueError as error:
             raise ValueError(f"norm must not be gn for timm/{model}: {path}: {error}") from None
         if isinstance(old, BatchNormAct2d):

@@ -4,7 +4,7 @@ All of it is read from a copy on the meta device before any memory is used, and 
 refused there, with the reason.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -49,7 +49,7 @@ class Plan:
 
 
 def create(
-    model: str, *, in_channels: int, output_stride: int, zero_init_residual: bool, **pretrained: object
+    model: str, *, in_channels: int, output_stride: int, zero_init_residual: bool, pretrained: bool = False
 ) -> nn.Module:
     """Return timm's complete ``model``, for images of any size if it can be.
 
@@ -58,17 +58,17 @@ def create(
         in_channels: Channels of the images.
         output_stride: Largest stride, in image pixels.
         zero_init_residual: Whether the last norm of each block starts at zero.
-        pretrained: What timm's ``create_model`` takes to load weights.
+        pretrained: Whether timm loads the weights that ``model``'s tag names.
 
     Raises:
         ValueError: If timm does not offer a setting for this model.
     """
-    settings = {"in_chans": in_channels, "dynamic_img_size": True, "zero_init_last": zero_init_residual}
+    settings: dict[str, Any] = {"in_chans": in_channels, "dynamic_img_size": True, "zero_init_last": zero_init_residual}
     if output_stride != _COARSEST:
         settings["output_stride"] = output_stride
     while True:
         try:
-            return timm.create_model(model, **settings, **pretrained)  # type: ignore[no-any-return]
+            return timm.create_model(model, pretrained=pretrained, **settings)
         except (TypeError, AssertionError, NotImplementedError) as error:
             refused = next((key for key in settings if f"'{key}'" in str(error)), "")
             if refused in _OPTIONAL_SETTINGS and not (refused == "zero_init_last" and zero_init_residual):
@@ -91,8 +91,8 @@ def plan(model: str, *, in_channels: int, output_stride: int, last_level: str) -
         ValueError: If it has no maps at the strides of C2-C5, or a setting cannot be honoured.
     """
     with torch.device("meta"):
-        network = create(model, in_channels=in_channels, output_stride=output_stride, zero_init_residual=False)
-        undilated = network
+        network: Any = create(model, in_channels=in_channels, output_stride=output_stride, zero_init_residual=False)
+        undilated: Any = network
         if output_stride != _COARSEST:  # names stay with the maps: a dilated C5 is at the stride of C4
             undilated = create(model, in_channels=in_channels, output_stride=_COARSEST, zero_init_residual=False)
     info, strides = list(network.feature_info), [int(entry["reduction"]) for entry in undilated.feature_info]
@@ -170,7 +170,7 @@ class Runner:
     def __init__(self, network: nn.Module, indices: Sequence[int], in_channels: int) -> None:
         self.network, self.indices, self.in_channels = network, indices, in_channels
 
-    def __call__(self, size: tuple[int, int]) -> Trace:
+    def __call__(self, size: Sequence[int]) -> Trace:
         """Return what a run on images of ``size`` shows."""
         shape = (_BATCH, self.in_channels, *size)
         return trace(self.network, lambda images: features_at(self.network, images, self.indices), shape)

@@ -57,7 +57,7 @@ def main(family: Annotated[list[str] | None, typer.Option(help="Only these of ti
 
 
 def smallest(family: str) -> tuple[str, tuple[str, ...], str]:
-    """Return the smallest model of ``family`` that is not refused, with its levels; else the smallest and the reason."""
+    """Return the smallest model of ``family`` that is not refused, with its levels; else the smallest and why."""
     first = ""
     for model in sorted(timm.list_models(module=family), key=_num_parameters):
         try:
@@ -78,19 +78,24 @@ def _num_parameters(model: str) -> int:
 def check(model: str, levels: tuple[str, ...]) -> str:
     """Return what ``model`` fails in; empty if it keeps the whole contract."""
     torch.manual_seed(0)
-    backbone = build_backbone(BackboneConfig(name=f"timm/{model}", norm="bn", out_features=levels))
+    backbone = build_backbone(_config(f"timm/{model}", levels))
     assert isinstance(backbone, TimmBackbone)
     try:
         if (error := largest_error(backbone)) > LIMIT:
             return f"features differ from timm's by {error:.1e}"
-        if wrong := wrong_specs(backbone):
-            return f"specs differ from the outputs: {wrong}"
+        if shapes := wrong_specs(backbone):
+            return f"specs differ from the outputs: {shapes}"
         for freeze_at in range(len(STAGE_NAMES) + 1):
-            if wrong := wrongly_moved(backbone, freeze_at):
-                return f"freeze_at {freeze_at}: {wrong}"
+            if stages := wrongly_moved(backbone, freeze_at):
+                return f"freeze_at {freeze_at}: {stages}"
         return detector_fault(f"timm/{model}", levels, side_of(backbone))
     except Exception as error:
         return f"fails: {' '.join(str(error).split())[:200]}"
+
+
+def _config(name: str, levels: tuple[str, ...], freeze_at: int = 0) -> BackboneConfig:
+    settings = {"name": name, "norm": "bn", "out_features": levels, "freeze_at": freeze_at}
+    return BackboneConfig.model_validate(settings)
 
 
 def side_of(backbone: TimmBackbone) -> int:
@@ -108,7 +113,7 @@ def largest_error(backbone: TimmBackbone) -> float:
     overlay = {"state_dict": state, "custom_load": False}
     settings: dict[str, Any] = {"features_only": True, "out_indices": backbone.indices, "pretrained": True}
     try:
-        reference = timm.create_model(
+        reference: Any = timm.create_model(
             backbone.model, dynamic_img_size=True, pretrained_cfg_overlay=overlay, **settings
         ).eval()
     except TypeError:
@@ -170,7 +175,7 @@ def detector_fault(name: str, levels: tuple[str, ...], side: int) -> str:
     """Train torchvision's Faster R-CNN on the backbone for one step; return what is wrong with its gradients."""
     config = DetectorConfig(
         detector="faster_rcnn",
-        backbone=BackboneConfig(name=name, norm="bn", freeze_at=2, out_features=levels),
+        backbone=_config(name, levels, freeze_at=2),
         pyramid=PyramidConfig(out_channels=32),
         num_classes=3,
         min_size=(side,),
