@@ -16,8 +16,9 @@ class TinyPyramidNet(Backbone):
         self.stem = nn.Conv2d(config.in_channels, 16, 4, stride=4)
         self.stage_modules = {"stem": ("stem",)}
         channels = 16
-        for number, plan in enumerate(plan_stages(config.output_stride)):
-            conv = nn.Conv2d(channels, 16 << number, 3, plan.stride, plan.dilation, plan.dilation, bias=False)
+        for number, plan in enumerate(plan_stages(config.output_stride, dilate_first_block=config.dilate_first_block)):
+            dilation = plan.first_dilation  # the first block of each stage is the only one
+            conv = nn.Conv2d(channels, 16 << number, 3, plan.stride, dilation, dilation, bias=False)
             channels = conv.out_channels
             self.add_module(plan.name, nn.Sequential(conv, make_norm(channels), nn.ReLU()))
             self.stage_modules[plan.name] = (plan.name,)
@@ -39,7 +40,6 @@ class TinyPyramidNet(Backbone):
 def build(config: BackboneConfig) -> TinyPyramidNet:
     """Return the network for ``config``; refuse what it has no way to do."""
     unsupported = {
-        "dilate_first_block": config.dilate_first_block,
         "stride_in_1x1": config.stride_in_1x1,
         "num_classes": config.num_classes,
         "zero_init_residual": config.zero_init_residual,
