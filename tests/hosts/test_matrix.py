@@ -50,17 +50,17 @@ def in_torchvision(detector: str, backbone: str) -> tuple[nn.Module, Losses, Cal
 
 
 def in_detectron2(detector: str, backbone: str) -> tuple[nn.Module, Losses, Callable[[], object]]:
-    pytest.importorskip("detectron2", reason="detectron2 is installed from its own repository")
+    detectron2 = pytest.importorskip("detectron2", reason="detectron2 is installed from its own repository")
     host: Any = pytest.importorskip("backbone.hosts.detectron2")
     from detectron2.config import get_cfg
-    from detectron2.model_zoo import get_config_file
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
 
     cfg = get_cfg()
     host.add_backbone_config(cfg)
-    cfg.merge_from_file(get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
+    configs = Path(detectron2.__file__).parents[1] / "configs"
+    cfg.merge_from_file(str(configs / "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
     cfg.MODEL.BACKBONE.NAME = host.DROP_IN_BUILDERS[cfg.MODEL.BACKBONE.NAME]
     cfg.MODEL.BACKBONE_PLUGIN.NAME = backbone
     cfg.merge_from_list(["MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", FREEZE_AT])
@@ -91,7 +91,6 @@ def test_backbone_trains_and_infers_in(host: str, backbone: str) -> None:
         warnings.filterwarnings("ignore", message=".*frozen at random weights")
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script.*` is deprecated")  # detectron2 uses it
         warnings.filterwarnings("ignore", message="torch.meshgrid")  # detectron2 does not name the indexing
-        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # detectron2's model_zoo
         model, loss, infer = HOSTS[host](host, backbone)
         loss().backward()  # type: ignore[no-untyped-call]
         model.eval()
