@@ -104,7 +104,9 @@ class Backbone(nn.Module):
         self.unbuilt_prefixes = tuple(f"{name}.{prefix}" for prefix in backbone.unbuilt_prefixes)
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
-        """Return the weights that this network's own library publishes under ``name``; None if it publishes none.
+        """Return the weights that this network's own library publishes under ``name`` or finds in the file ``name``.
+
+        None, as here, leaves it to ``load_weights`` to find and read them.
 
         Returns:
             A state dict in this network's parameter names, parts in ``unbuilt_prefixes`` allowed, and what the

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
-from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, load_state_dict, split_model_name_tag
 from torch import Tensor, nn
 
 from backbone import timm_plan
@@ -20,6 +21,7 @@ from backbone.simple_pyramid import SimplePyramid
 from backbone.stages import STAGE_NAMES
 
 PREFIX: Final = "timm/"
+FILE_SUFFIXES: Final = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def names() -> list[str]:
@@ -127,6 +129,7 @@ class TimmBackbone(Backbone):
         network: Any = self._create(model)
         network.prune_intermediate_layers(list(plan.kept), prune_norm=True, prune_head=True)
         timm_plan.drop(network, plan.division.unused)
+        self._pretrained_cfg = network.pretrained_cfg
         self.network = _with_norms(network, norm, model)
         self.pyramid: SimplePyramid | None = None
         if plan.is_plain_vit:
@@ -156,23 +159,50 @@ class TimmBackbone(Backbone):
         return {name: features[name][..., :rows, :columns] for name, (rows, columns) in sizes.items()}
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing]:
-        """Return timm's weights under the tag ``name``, fetched by timm; ``default`` is timm's first choice."""
+        """Return timm's weights under the tag ``name``, fetched by timm, or those of a file, read by timm.
+
+        ``default`` is the tag in the model's name or else timm's first choice. A file may hold the complete model, its
+        classifier of any size, or this backbone; what timm adapts for its own weights it adapts here, too.
+        """
         model, own_tag = split_model_name_tag(self.model)
         tags = _tags(model)
+        if Path(name).suffix in FILE_SUFFIXES:
+            return self._file_weights(name)
         tag = (own_tag or next(iter(tags), "")) if name == "default" else name
         if tag not in tags:
             offered = f"one of default, {', '.join(tags)}" if tags else "null, for timm publishes none"
-            raise ValueError(f"weights of timm/{model} must be {offered}, or a path; got {name!r}")
+            raise ValueError(f"weights of timm/{model} must be {offered}, or a file; got {name!r}")
+        return self._pretrained(f"{model}.{tag}", f"timm's weights {tag}", {})
+
+    def _file_weights(self, path: str) -> tuple[Mapping[str, Tensor], Preprocessing]:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"weights must be an existing file, got {path!r}; check the path")
         try:
-            network: Any = self._create(f"{model}.{tag}", pretrained=True)
+            state = load_state_dict(path)  # refuses pickles that carry code
+        except Exception as error:  # damaged bytes fail in many ways
+            raise ValueError(f"{path}: cannot be read as a checkpoint: {' '.join(str(error).split())}") from None
+        if any(key.startswith("network.") for key in state):
+            return state, _preprocessing(self._pretrained_cfg)
+        with torch.device("meta"):
+            complete: Any = self._create(self.model)
+        classifier = complete.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+        own = {
+            key: torch.zeros(v.shape) for key, v in complete.state_dict().items() if key.startswith(heads)
+        }
+        return self._pretrained(self.model, path, {"state_dict": state | own, "custom_load": False})
+
+    def _pretrained(
+        self, model: str, source: str, overlay: dict[str, object]
+    ) -> tuple[Mapping[str, Tensor], Preprocessing]:
+        """Let timm build the complete ``model`` with weights and return them in this backbone's names."""
+        try:
+            network: Any = self._create(model, pretrained=True, pretrained_cfg_overlay=overlay)
         except (OSError, RuntimeError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"timm/{model}: timm cannot load its weights {tag}: {' '.join(str(error).split())}") from None
-        config = network.pretrained_cfg
-        preprocessing = Preprocessing(
-            mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]
-        )
-        return self._own_names(network.state_dict()), preprocessing
+            reason = " ".join(str(error).split())
+            raise kind(f"{source}: cannot be loaded into timm/{model}: {reason}") from None
+        return self._own_names(network.state_dict()), _preprocessing(network.pretrained_cfg)
 
     def _own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``state``, in timm's names, in this backbone's; the pyramid, which timm lacks, stays as it is."""
@@ -249,6 +279,10 @@ def _tags(model: str) -> list[str]:
     """Return the tags under which timm publishes weights of ``model``, its first choice first."""
     configs = get_arch_pretrained_cfgs(model)
     return [split_model_name_tag(name)[1] for name, config in configs.items() if config.has_weights]
+
+
+def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), interpolation=config["interpolation"])
 
 
 def _prefixed(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -49,7 +49,13 @@ class Plan:
 
 
 def create(
-    model: str, *, in_channels: int, output_stride: int, zero_init_residual: bool, pretrained: bool = False
+    model: str,
+    *,
+    in_channels: int,
+    output_stride: int,
+    zero_init_residual: bool,
+    pretrained: bool = False,
+    pretrained_cfg_overlay: dict[str, object] | None = None,
 ) -> nn.Module:
     """Return timm's complete ``model``, for images of any size if it can be.
 
@@ -59,6 +65,7 @@ def create(
         output_stride: Largest stride, in image pixels.
         zero_init_residual: Whether the last norm of each block starts at zero.
         pretrained: Whether timm loads the weights that ``model``'s tag names.
+        pretrained_cfg_overlay: What differs from timm's description of these weights.
 
     Raises:
         ValueError: If timm does not offer a setting for this model.
@@ -68,7 +75,9 @@ def create(
         settings["output_stride"] = output_stride
     while True:
         try:
-            return timm.create_model(model, pretrained=pretrained, **settings)
+            return timm.create_model(
+                model, pretrained=pretrained, pretrained_cfg_overlay=pretrained_cfg_overlay, **settings
+            )
         except (TypeError, AssertionError, NotImplementedError) as error:
             refused = next((key for key in settings if f"'{key}'" in str(error)), "")
             if refused in _OPTIONAL_SETTINGS and not (refused == "zero_init_last" and zero_init_residual):

@@ -49,7 +49,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(*arguments: object, **filters: object) -> list[Entry]:
-    return list(find_backbones(*arguments, **filters, on_error=lambda name, error: None))  # type: ignore[arg-type]
+    return list(find_backbones(*arguments, **filters, on_error=lambda name, error: None))
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

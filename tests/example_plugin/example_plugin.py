@@ -29,7 +29,7 @@ class TinyPyramidNet(Backbone):
         """Images (N, C, H, W) -> c2 (N, 16, H/4, W/4), ..., c5 (N, 128, H/32, W/32); sizes round up."""
         height, width = images.shape[-2:]
         x = self.stem(nn.functional.pad(images, (0, -width % 4, 0, -height % 4)))
-        features = {}
+        features: Features = {}
         for name in ("c2", "c3", "c4", "c5"):
             x = self.get_submodule(name)(x)
             if name in self.feature_specs:
