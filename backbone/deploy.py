@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from backbone.fused import FoldedConv2d
 from backbone.graphs import GraphedExtractor
-from backbone.norm import FrozenBatchNorm2d
+from backbone.norm import FrozenBatchNorm2d, freeze_norms, has_frozen_form
 
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN_NORMS: Final = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _log = logging.getLogger(__name__)
 
 
@@ -91,10 +92,12 @@ def _fold_norms(parent: nn.Module) -> int:
         pairs += itertools.pairwise(parent._modules)
     folded = 0
     for conv_name, norm_name in pairs:
-        conv, norm = parent._modules[conv_name], parent._modules[norm_name]
+        conv, norm = parent._modules.get(conv_name), parent._modules.get(norm_name)
         if conv is not None and norm is not None and _is_plain(conv) and _has_statistics(norm):
+            if type(norm) not in _PLAIN_NORMS:
+                norm = freeze_norms(norm)  # its frozen form tells what it does besides
             parent._modules[conv_name] = _fold(conv, norm)
-            parent._modules[norm_name] = nn.Identity()
+            parent._modules[norm_name] = norm.remainder() if isinstance(norm, FrozenBatchNorm2d) else nn.Identity()
             folded += 1
     return folded
 
@@ -105,8 +108,8 @@ def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 def _has_statistics(norm: nn.Module) -> bool:
     """Whether ``norm`` is a batch norm of any library: torch's, ours, torchvision's or detectron2's frozen one."""
-    # not their subclasses: those may compute more, such as an activation
-    ours = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+    # not their subclasses: those may compute more, such as an activation, unless we know what
+    ours = isinstance(norm, FrozenBatchNorm2d) or has_frozen_form(norm)
     return (ours or type(norm).__name__ == "FrozenBatchNorm2d") and getattr(norm, "running_var", None) is not None
 
 
@@ -136,7 +139,8 @@ def _prepare(model: nn.Module) -> int:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
+    # a name such as ConvNormAct is a container's
+    return "Norm" in type(module).__name__ and not any(isinstance(child, nn.Conv2d) for child in module.children())
 
 
 def _cast(features: object, dtype: torch.dtype) -> object:

@@ -64,6 +64,10 @@ class FrozenBatchNorm2d(nn.Module):
         scale = self.weight.detach().to(dtype) * torch.rsqrt(self.running_var.to(dtype) + self.eps)
         return scale, self.bias.detach().to(dtype) - self.running_mean.to(dtype) * scale
 
+    def remainder(self) -> nn.Module:
+        """Return what is left to do once scale and shift are folded into the convolution before."""
+        return nn.Identity()
+
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, H, W) -> the same shape and dtype, also under autocast."""
         scale, shift = (constant.to(x.dtype)[:, None, None] for constant in self.scale_and_shift())
@@ -103,6 +107,11 @@ def register_frozen_form(norm: type[nn.Module], form: type[FrozenBatchNorm2d]) -
     activation; its ``forward`` must equal the layer's in evaluation mode.
     """
     _frozen_forms[norm] = form
+
+
+def has_frozen_form(norm: nn.Module) -> bool:
+    """Whether ``freeze_norms`` can swap layers of this class."""
+    return type(norm) in _frozen_forms
 
 
 def norm_layer(name: NormName | NormLayer) -> NormLayer:

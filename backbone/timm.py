@@ -8,8 +8,10 @@ from typing import Any, Final
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.conv_bn_act import ConvNormAct
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, load_state_dict, split_model_name_tag
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from backbone import timm_plan
@@ -21,6 +23,14 @@ from backbone.simple_pyramid import SimplePyramid
 from backbone.stages import STAGE_NAMES
 
 PREFIX: Final = "timm/"
+CONV_NORM_PAIRS: Final[dict[type[nn.Module], tuple[tuple[str, str], ...]]] = {
+    ResNet: (("conv1", "bn1"),),
+    BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
+    Bottleneck: (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+    ConvNormAct: (("conv", "bn"),),
+}
+"""timm's modules whose norms directly follow convolutions, for ``optimize_for_inference`` to fold them."""
+
 FILE_SUFFIXES: Final = (".pth", ".pt", ".bin", ".safetensors")
 
 
@@ -131,6 +141,9 @@ class TimmBackbone(Backbone):
         timm_plan.drop(network, plan.division.unused)
         self._pretrained_cfg = network.pretrained_cfg
         self.network = _with_norms(network, norm, model)
+        for module in self.network.modules():
+            if type(module) in CONV_NORM_PAIRS:
+                module.conv_norm_pairs = CONV_NORM_PAIRS[type(module)]  # type: ignore[assignment]
         self.pyramid: SimplePyramid | None = None
         if plan.is_plain_vit:
             strides = {name: stride for name, stride in timm_plan.STRIDES.items() if name in out_features}
@@ -187,9 +200,7 @@ class TimmBackbone(Backbone):
             complete: Any = self._create(self.model)
         classifier = complete.pretrained_cfg.get("classifier") or ()
         heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
-        own = {
-            key: torch.zeros(v.shape) for key, v in complete.state_dict().items() if key.startswith(heads)
-        }
+        own = {key: torch.zeros(v.shape) for key, v in complete.state_dict().items() if key.startswith(heads)}
         return self._pretrained(self.model, path, {"state_dict": state | own, "custom_load": False})
 
     def _pretrained(
@@ -230,6 +241,10 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
     drop: nn.Module
     act: nn.Module
+
+    def remainder(self) -> nn.Module:
+        """Return the activation; the drop layer rests in evaluation."""
+        return self.act
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, H, W) -> the same shape."""

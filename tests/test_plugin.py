@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def found(*arguments: object, **filters: object) -> list[Entry]:
+def found(*arguments: Any, **filters: Any) -> list[Entry]:
     return list(find_backbones(*arguments, **filters, on_error=lambda name, error: None))
 
 
@@ -88,7 +89,7 @@ def test_plugin_trains_in_a_torchvision_detector(detector: str) -> None:
     else:
         targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
         loss = torch.stack(list(model(list(torch.rand(2, 3, 64, 64)), targets).values())).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -23,6 +23,7 @@ from backbone import (
     freeze_report,
     freeze_stages,
     list_backbones,
+    optimize_for_inference,
     thaw_norms,
 )
 from backbone.stages import STAGE_NAMES
@@ -364,6 +365,18 @@ def test_unknown_tag_is_refused_with_the_known_ones(model: str, offered: str) ->
 def test_unknown_name_is_told_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(UnknownBackboneError, match=hint):
         build(name)
+
+
+@pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
+@pytest.mark.parametrize("model", ["resnet18", "regnetx_002"])
+def test_inference_copy_folds_every_norm_and_equals(model: str, norm: str) -> None:
+    backbone = build_timm(model, norm=norm).eval()
+    randomise_norms(backbone)
+    images = torch.randn(1, 3, 64, 64)
+    fast: Any = optimize_for_inference(backbone)
+    assert fast.optimization.kept == ()
+    for name, expected in backbone(images).items():
+        assert relative_error(fast(images)[name], expected) <= 1e-5
 
 
 def test_names_of_timm_are_listed_on_request() -> None:
