@@ -208,7 +208,7 @@ def _rename_saved(module: HostedBackbone, state: dict[str, Tensor], prefix: str,
     uncounted = {
         f"{path}.num_batches_tracked"
         for path, norm in module.network.named_modules()
-        if isinstance(norm, FrozenBatchNorm2d) and norm.frozen_from is None
+        if isinstance(norm, FrozenBatchNorm2d) and norm.built_frozen
     }
     for ours, theirs in detectron2_names(module.network).items():
         value = state.pop(f"{prefix}network.{ours}")
