@@ -126,6 +126,7 @@ STEMS = {
     "regnetx_002": {"stem"},
     "test_convnext": {"stem"},
     "test_efficientnet": {"conv_stem", "bn1", "blocks.0"},
+    "halonet_h1": {"stem"},  # timm names the first convolution of four as the map at stride 2
     "mvitv2_tiny": {"patch_embed"},
     "swin_tiny_patch4_window7_224": {"patch_embed"},
 }
