@@ -126,7 +126,6 @@ STEMS = {
     "regnetx_002": {"stem"},
     "test_convnext": {"stem"},
     "test_efficientnet": {"conv_stem", "bn1", "blocks.0"},
-    "halonet_h1": {"stem"},  # timm names the first convolution of four as the map at stride 2
     "mvitv2_tiny": {"patch_embed"},
     "swin_tiny_patch4_window7_224": {"patch_embed"},
 }
@@ -138,9 +137,9 @@ def test_stem_is_what_comes_before_c2(model: str, modules: set[str]) -> None:
 
 
 def test_stages_of_a_plain_transformer_are_quarters_of_its_blocks() -> None:
-    backbone = build_timm("test_vit")
+    backbone = build_timm("vit_tiny_patch16_224")
     blocks = [[path for path in paths if ".blocks." in path] for paths in backbone.stage_modules.values()]
-    assert [len(paths) for paths in blocks] == [0, 1, 2, 1, 2]
+    assert blocks == [[], *([f"network.blocks.{first + n}" for n in range(3)] for first in (0, 3, 6, 9))]
     assert backbone.stage_parameters == {"stem": ["network.cls_token", "network.pos_embed"]}
 
 
