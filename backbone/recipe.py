@@ -112,6 +112,11 @@ class DetectorConfig(StrictModel):
     box_head: Annotated[Literal["mlp", "c5"], rule("must be mlp or c5")] = Field(
         default="mlp", description="Of faster_rcnn: two linear layers, or the backbone's C5 stage on C4 (the C4 model)."
     )
+    num_proposals: PositiveInt = Field(
+        default=2000,
+        description="Of an R-CNN: proposals kept in training, of each level before suppression and of each image "
+        "after it; half as many in evaluation.",
+    )
     rois_per_image: PositiveInt = Field(
         default=512, description="Of an R-CNN: proposals of each image that the box head learns from."
     )
@@ -189,6 +194,7 @@ _ONLY_FOR: Final[Mapping[str, tuple[DetectorName, ...]]] = {
     "pyramid": (*R_CNNS, *DENSE_DETECTORS),
     "num_keypoints": ("keypoint_rcnn",),
     "box_head": ("faster_rcnn",),
+    "num_proposals": R_CNNS,
     "rois_per_image": R_CNNS,
     "smallest_anchor": (*R_CNNS, "retinanet"),
     "aux_classifier": SEGMENTERS,

@@ -144,8 +144,7 @@ def _build_r_cnn(config: DetectorConfig, model: Backbone) -> FasterRCNN:
     pooled = _pooled_maps(backbone)
     settings = {
         "num_classes": config.num_classes,
-        "rpn_anchor_generator": _r_cnn_anchors(config, model),
-        "box_batch_size_per_image": config.rois_per_image,
+        **_proposal_settings(config, model),
         "box_roi_pool": MultiScaleRoIAlign(pooled, output_size=7, sampling_ratio=2),
     }
     pool_of_second_head = MultiScaleRoIAlign(pooled, output_size=14, sampling_ratio=2)
@@ -171,8 +170,7 @@ def _build_faster_rcnn_on_c4(config: DetectorConfig) -> FasterRCNN:
     head = nn.Sequential(body.split_off_c5(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     detector = FasterRCNN(
         as_torchvision(body),
-        rpn_anchor_generator=_r_cnn_anchors(config, body),
-        box_batch_size_per_image=config.rois_per_image,
+        **_proposal_settings(config, body),
         box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2),
         box_head=head,
         box_predictor=FastRCNNPredictor(channels, config.num_classes),
@@ -191,6 +189,19 @@ def _build_segmenter(config: DetectorConfig) -> DeepLabV3 | FCN:
     rate = ATROUS_REACH // specs["out"].stride
     classifier = DeepLabHead(specs["out"].channels, config.num_classes, atrous_rates=(rate, 2 * rate, 3 * rate))
     return DeepLabV3(backbone, classifier, aux_classifier)
+
+
+def _proposal_settings(config: DetectorConfig, model: Backbone) -> dict[str, object]:
+    """Return how many proposals there are, and how many of them the box head learns from."""
+    in_training, in_evaluation = config.num_proposals, (config.num_proposals + 1) // 2
+    return {
+        "rpn_anchor_generator": _r_cnn_anchors(config, model),
+        "rpn_pre_nms_top_n_train": in_training,
+        "rpn_pre_nms_top_n_test": in_evaluation,
+        "rpn_post_nms_top_n_train": in_training,
+        "rpn_post_nms_top_n_test": in_evaluation,
+        "box_batch_size_per_image": config.rois_per_image,
+    }
 
 
 def _r_cnn_anchors(config: DetectorConfig, model: Backbone) -> AnchorGenerator:
