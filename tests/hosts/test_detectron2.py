@@ -246,7 +246,7 @@ PLUGIN: list[tuple[tuple[object, ...], Callable[[Any], bool]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("keys", "holds"), PLUGIN, ids=str)
+@pytest.mark.parametrize(("keys", "holds"), PLUGIN, ids=[str(keys) for keys, _ in PLUGIN])
 def test_the_plugin_node_says_what_its_keys_cannot(keys: tuple[Any, ...], holds: Callable[[Any], bool]) -> None:
     overrides = [f"MODEL.BACKBONE_PLUGIN.{item}" if index % 2 == 0 else item for index, item in enumerate(keys)]
     row = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
