@@ -8,12 +8,13 @@ from backbone.weights.reading import Checkpoint
 from backbone.weights.schemes import Format, KeyScheme, State
 
 NAMES: Final = KeyScheme(
-    rows=(
-        ("conv1.weight", "stem.conv1.weight"),
+    rows=(  # a convolution has a bias where a norm was folded into it
+        ("conv1.{linear}", "stem.conv1.{linear}"),
         ("bn1.{norm}", "stem.conv1.norm.{norm}"),
-        ("layer{stage}.{block}.conv{conv}.weight", "res{stage}.{block}.conv{conv}.weight"),
+        ("layer{stage}.{block}.conv{conv}.{linear}", "res{stage}.{block}.conv{conv}.{linear}"),
         ("layer{stage}.{block}.bn{conv}.{norm}", "res{stage}.{block}.conv{conv}.norm.{norm}"),
-        ("layer{stage}.{block}.downsample.0.weight", "res{stage}.{block}.shortcut.weight"),
+        ("layer{stage}.{block}.conv2.offset.{linear}", "res{stage}.{block}.conv2_offset.{linear}"),
+        ("layer{stage}.{block}.downsample.0.{linear}", "res{stage}.{block}.shortcut.{linear}"),
         ("layer{stage}.{block}.downsample.1.{norm}", "res{stage}.{block}.shortcut.norm.{norm}"),
         ("fc.{linear}", "linear.{linear}"),
     ),
