@@ -311,6 +311,29 @@ def test_plugin_weights_are_loaded_and_their_pixels_compared(tmp_path: Path) -> 
     assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), ours.parameters(), strict=True))
 
 
+def msra_file(path: Path) -> Path:
+    row = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    state = build_backbone(settings(*row, ours=False)).state_dict()
+    path.write_bytes(pickle.dumps(caffe2_names({key: state[key] for key in state if "stem.fc" not in key})))
+    return path
+
+
+def test_weights_that_expect_bgr_are_at_home_in_a_lazy_config(tmp_path: Path) -> None:
+    weights = str(msra_file(tmp_path / "R-50.pkl"))
+    ours = instantiate(LazyCall(DetectronBackbone)(name="resnet50", stride_in_1x1=True, weights=weights))  # no warning
+    assert ours.preprocessing.channel_order == "bgr"
+
+
+@pytest.mark.parametrize(("pixels", "said"), [("BGR", []), ("RGB", ["INPUT.FORMAT is RGB"])])
+def test_weights_that_expect_bgr_warn_where_the_model_is_fed_rgb(pixels: str, said: list[str], tmp_path: Path) -> None:
+    weights = str(msra_file(tmp_path / "R-50.pkl"))
+    row = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_backbone(settings(*row, "MODEL.BACKBONE_PLUGIN.WEIGHTS", weights, "INPUT.FORMAT", pixels))
+    assert [str(warning.message).split(",")[0] for warning in caught] == said
+
+
 # files
 
 

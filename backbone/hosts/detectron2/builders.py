@@ -180,9 +180,7 @@ def _warn_of_contradictions(cfg: CfgNode, plugin_weights: str, preprocessing: Pr
             stacklevel=4,
         )
     elif plugin_weights:
-        weights, expected = plugin_weights, _pixels(preprocessing)
-        if not weights.endswith((".pth", ".pt", ".safetensors")):  # torchvision's, then
-            expected["MODEL.RESNETS.STRIDE_IN_1X1"] = False
+        weights, expected = plugin_weights, _pixels(preprocessing)  # loading them has compared the strides
     for key, value in expected.items():
         said = reduce(lambda node, part: node[part], key.split("."), cfg)
         if not _agree(said, value):

@@ -23,6 +23,7 @@ from backbone.recipe import ExtraLevels, SourceOfP6
 from backbone.resnet import FAMILY, ResNet, Variant
 from backbone.stages import STAGE_NAMES
 from backbone.weights import load_weights
+from backbone.weights.metadata import BGR_255
 
 NormChoice: TypeAlias = str | Callable[[int], nn.Module]
 """A norm as detectron2 writes it: FrozenBN, BN, SyncBN, GN, "" for none, ..., or a constructor."""
@@ -99,7 +100,8 @@ class DetectronBackbone(HostedBackbone):
         deform_on_per_stage: Which of res2 to res5 have deformable 3x3 convolutions.
         deform_modulated: Whether those are modulated.
         deform_num_groups: Groups of channels with offsets of their own.
-        weights: As ``BackboneConfig.weights``.
+        weights: As ``BackboneConfig.weights``. ``preprocessing`` then tells the pixels they expect; detectron2 feeds
+            BGR, 0 to 255, unless told otherwise.
         checkpoint_stages: Stages, ``res2`` to ``res5``, that recompute their activations in backward.
 
     Raises:
@@ -144,6 +146,7 @@ class DetectronBackbone(HostedBackbone):
             )
         else:
             network = construct(BackboneConfig(name=str(name), norm=_NORMS[norm], **settings))
+        network.preprocessing = BGR_255  # what detectron2 feeds; our builders compare INPUT.FORMAT with the weights
         if weights is not None:
             load_weights(network, weights, name=str(name))
         freeze_stages(network, freeze_at)
