@@ -117,8 +117,8 @@ def _let_through(detector: Any) -> None:
     if hasattr(detector, "rpn"):
         detector.rpn._post_nms_top_n = {"training": 50, "testing": 50}
         detector.roi_heads.score_thresh = 0.0
-        detector.roi_heads.detections_per_img = 20
-        detector.roi_heads.fg_bg_sampler.batch_size_per_image = 12
+        detector.roi_heads.detections_per_img = 12
+        detector.roi_heads.fg_bg_sampler.batch_size_per_image = 4  # one of them an object
     else:
         detector.detections_per_img = 50
 
