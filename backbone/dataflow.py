@@ -40,7 +40,7 @@ class Division:
 
 
 def trace(network: nn.Module, forward: Forward, image_shape: Sequence[int]) -> Trace:
-    """Run ``forward`` on the meta device, which costs neither memory nor arithmetic.
+    """Run ``forward`` on the meta device, which costs neither memory nor arithmetic; gradients must be enabled.
 
     Args:
         network: A network on the meta device.
@@ -50,8 +50,7 @@ def trace(network: nn.Module, forward: Forward, image_shape: Sequence[int]) -> T
     called: dict[nn.Module, None] = {}
     hooks = [m.register_forward_pre_hook(lambda module, _: called.setdefault(module)) for m in network.modules()]
     try:
-        with torch.enable_grad():
-            outputs = forward(torch.empty(*image_shape, device="meta"))
+        outputs = forward(torch.empty(*image_shape, device="meta"))
     finally:
         for hook in hooks:
             hook.remove()

@@ -99,11 +99,16 @@ def plan(model: str, *, in_channels: int, output_stride: int, last_level: str) -
     Raises:
         ValueError: If it has no maps at the strides of C2-C5, or a setting cannot be honoured.
     """
-    with torch.device("meta"):
-        network: Any = create(model, in_channels=in_channels, output_stride=output_stride, zero_init_residual=False)
-        undilated: Any = network
-        if output_stride != _COARSEST:  # names stay with the maps: a dilated C5 is at the stride of C4
-            undilated = create(model, in_channels=in_channels, output_stride=_COARSEST, zero_init_residual=False)
+    # A caller's inference mode would leave no graph to read, and the plan is kept for later callers.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+        return _plan(model, in_channels, output_stride, last_level)
+
+
+def _plan(model: str, in_channels: int, output_stride: int, last_level: str) -> Plan:
+    network: Any = create(model, in_channels=in_channels, output_stride=output_stride, zero_init_residual=False)
+    undilated: Any = network
+    if output_stride != _COARSEST:  # names stay with the maps: a dilated C5 is at the stride of C4
+        undilated = create(model, in_channels=in_channels, output_stride=_COARSEST, zero_init_residual=False)
     info, strides = list(network.feature_info), [int(entry["reduction"]) for entry in undilated.feature_info]
     complete = list(network.state_dict())
     indices, is_vit = levels(model, strides, last_level), is_plain_vit(strides)
@@ -118,6 +123,9 @@ def plan(model: str, *, in_channels: int, output_stride: int, last_level: str) -
     size_multiple, only_size = _accepted_sizes(model, run, wanted, native, rounds_up=not is_vit)
     traced = run(only_size or tuple(-(-side // size_multiple) * size_multiple for side in native))
     names = {index: name for name, index in indices.items()}
+    constant = [names[index] for index, needed in zip(kept, traced.needs, strict=True) if index in names and not needed]
+    if constant:
+        raise ValueError(f"timm/{model}: no parameter makes {', '.join(constant)}; choose another model")
     owners = _owners(network, traced, [names.get(index, "stem") for index in kept], info[first]["module"])
     division = divide(network, owners, "stem")
     drop(network, division.unused)

@@ -28,7 +28,7 @@ from backbone import (
 )
 from backbone.stages import STAGE_NAMES
 from backbone.timm import TimmBackbone
-from backbone.timm_plan import levels
+from backbone.timm_plan import levels, plan
 
 TOOLS = Path(__file__).parents[1] / "tools"
 ALL = ("c2", "c3", "c4", "c5")
@@ -155,6 +155,16 @@ def test_what_only_later_levels_need_is_not_built(model: str) -> None:
         p.numel() for stage in ("stem", "c2", "c3") if stage in whole.stages for p in whole.stages[stage].parameters()
     )
     assert sum(parameter.numel() for parameter in early.parameters()) == needed
+
+
+def test_model_built_in_inference_mode_is_whole() -> None:
+    plan.cache_clear()
+    with torch.inference_mode():
+        built = build_timm("test_resnet")
+    complete = {f"network.{key}": value.shape for key, value in timm.create_model("test_resnet").state_dict().items()}
+    expected = {key: shape for key, shape in complete.items() if not key.startswith("network.fc.")}
+    assert {key: value.shape for key, value in built.state_dict().items()} == expected
+    assert list(built.stages) == list(STAGE_NAMES)
 
 
 # Model -> how the map's dilation shows: strides at output_stride 16 and 8.
