@@ -153,6 +153,8 @@ def _check_tensor(path: str, value: Tensor, source: str) -> None:
         raise ValueError(f"{source}: {path} must be a dense tensor of numbers, got {value.layout}, {value.dtype}")
     if value.numel() > MAX_TENSOR_NUMBERS:
         raise ValueError(f"{source}: {path} must have at most {MAX_TENSOR_NUMBERS} numbers, got {tuple(value.shape)}")
+    if not value.is_meta and value.nbytes > (stored := value.untyped_storage().nbytes()):  # strides of 0 cost no file
+        raise ValueError(f"{source}: {path} must store all its {value.nbytes} bytes, got {stored}; save it contiguous")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:

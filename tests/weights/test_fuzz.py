@@ -98,10 +98,9 @@ def test_every_route_runs_in_an_unsafe_reader(tmp_path: Path, route: str) -> Non
 
 
 def small_files(state: State) -> dict[str, State]:
-    """Return a ResNet-18 whose convolutions take no room in a .pth, and the two stages that fit other containers."""
-    flat = {
-        key: torch.full((1,), 0.01).expand(value.shape) if value.ndim == 4 else value for key, value in state.items()
-    }
+    """Return a ResNet-18 whose convolutions share bytes in a .pth, and the two stages that fit other containers."""
+    room = torch.full((512 * 512 * 9,), 0.01, dtype=torch.half)  # the largest convolution's
+    flat = {key: room[: value.numel()].view(value.shape) if value.ndim == 4 else value for key, value in state.items()}
     return {"whole": flat, "two stages": {k: v for k, v in state.items() if k.startswith(("conv1", "bn1", "layer1"))}}
 
 

@@ -249,6 +249,13 @@ def test_that_code_would_have_run_in_an_unsafe_reader(tmp_path: Path) -> None:
     assert (tmp_path / "ran").is_dir()
 
 
+def test_tensor_larger_than_its_bytes_is_refused_unexpanded(network: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"bn1.running_var": torch.ones(1).expand(2**30)}, path)
+    with pytest.raises(ValueError, match=r"bn1.running_var must store all its 4294967296 bytes, got 4;"):
+        load_weights(network, path, name="resnet18")
+
+
 def test_missing_file_is_named(network: Backbone, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_weights(network, tmp_path / "nowhere.pth", name="resnet18")
