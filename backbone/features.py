@@ -104,7 +104,7 @@ class Backbone(nn.Module):
         self.unbuilt_prefixes = tuple(f"{name}.{prefix}" for prefix in backbone.unbuilt_prefixes)
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
-        """Return the weights that this network's own library publishes under ``name`` or finds in the file ``name``.
+        """Return the weights that this network's own library publishes under ``name``.
 
         None, as here, leaves it to ``load_weights`` to find and read them.
 
@@ -114,6 +114,19 @@ class Backbone(nn.Module):
 
         Raises:
             ValueError: If the library publishes weights for this network, but not under that name.
+        """
+        return None
+
+    def adapt_weights(self, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
+        """Return a file's tensors as ``named_weights`` returns published ones, where the library has its own names.
+
+        None, as here, leaves it to ``load_weights`` to recognise them.
+
+        Args:
+            state: By the file's names, without the wrappers of training scripts.
+
+        Raises:
+            ValueError: If they are not this network's.
         """
         return None
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import timm
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.conv_bn_act import ConvNormAct
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
-from timm.models import get_arch_pretrained_cfgs, load_state_dict, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from backbone.simple_pyramid import SimplePyramid
 from backbone.stages import STAGE_NAMES
 
 PREFIX: Final = "timm/"
+MAX_REASON: Final = 500  # letters of what timm says; torch names every key that does not fit
 CONV_NORM_PAIRS: Final[dict[type[nn.Module], tuple[tuple[str, str], ...]]] = {
     ResNet: (("conv1", "bn1"),),
     BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
@@ -30,8 +30,6 @@ CONV_NORM_PAIRS: Final[dict[type[nn.Module], tuple[tuple[str, str], ...]]] = {
     ConvNormAct: (("conv", "bn"),),
 }
 """timm's modules whose norms directly follow convolutions, for ``optimize_for_inference`` to fold them."""
-
-FILE_SUFFIXES: Final = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def names() -> list[str]:
@@ -172,28 +170,27 @@ class TimmBackbone(Backbone):
         return {name: features[name][..., :rows, :columns] for name, (rows, columns) in sizes.items()}
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing]:
-        """Return timm's weights under the tag ``name``, fetched by timm, or those of a file, read by timm.
+        """Return timm's weights under the tag ``name``, fetched by timm.
 
-        ``default`` is the tag in the model's name or else timm's first choice. A file may hold the complete model, its
-        classifier of any size, or this backbone; what timm adapts for its own weights it adapts here, too.
+        ``default`` is the tag in the model's name or else timm's first choice.
         """
         model, own_tag = split_model_name_tag(self.model)
         tags = _tags(model)
-        if Path(name).suffix in FILE_SUFFIXES:
-            return self._file_weights(name)
         tag = (own_tag or next(iter(tags), "")) if name == "default" else name
         if tag not in tags:
             offered = f"one of default, {', '.join(tags)}" if tags else "null, for timm publishes none"
             raise ValueError(f"weights of timm/{model} must be {offered}, or a file; got {name!r}")
-        return self._pretrained(f"{model}.{tag}", f"timm's weights {tag}", {})
-
-    def _file_weights(self, path: str) -> tuple[Mapping[str, Tensor], Preprocessing]:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"weights must be an existing file, got {path!r}; check the path")
         try:
-            state = load_state_dict(path)  # refuses pickles that carry code
-        except Exception as error:  # damaged bytes fail in many ways
-            raise ValueError(f"{path}: cannot be read as a checkpoint: {' '.join(str(error).split())}") from None
+            return self._pretrained(f"{model}.{tag}", {})
+        except (OSError, RuntimeError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"timm's weights {tag}: cannot be loaded into timm/{model}: {_one_line(error)}") from None
+
+    def adapt_weights(self, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Preprocessing]:
+        """Return a file's tensors, of this backbone or of timm's complete model, with a classifier of any size.
+
+        What timm adapts for its own weights it adapts here, too: older names, input channels, position embeddings.
+        """
         if any(key.startswith("network.") for key in state):
             return state, _preprocessing(self._pretrained_cfg)
         with torch.device("meta"):
@@ -201,18 +198,15 @@ class TimmBackbone(Backbone):
         classifier = complete.pretrained_cfg.get("classifier") or ()
         heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
         own = {key: torch.zeros(v.shape) for key, v in complete.state_dict().items() if key.startswith(heads)}
-        return self._pretrained(self.model, path, {"state_dict": state | own, "custom_load": False})
-
-    def _pretrained(
-        self, model: str, source: str, overlay: dict[str, object]
-    ) -> tuple[Mapping[str, Tensor], Preprocessing]:
-        """Let timm build the complete ``model`` with weights and return them in this backbone's names."""
+        overlay = {"state_dict": {**state, **own}, "custom_load": False, "label_offset": 0}
         try:
-            network: Any = self._create(model, pretrained=True, pretrained_cfg_overlay=overlay)
-        except (OSError, RuntimeError) as error:
-            kind = OSError if isinstance(error, OSError) else ValueError
-            reason = " ".join(str(error).split())
-            raise kind(f"{source}: cannot be loaded into timm/{model}: {reason}") from None
+            return self._pretrained(self.model, overlay)
+        except Exception as error:  # timm's adapters, one for each family, take the names they expect for granted
+            raise ValueError(f"cannot be loaded into timm/{self.model}: {_one_line(error)}") from None
+
+    def _pretrained(self, model: str, overlay: dict[str, object]) -> tuple[Mapping[str, Tensor], Preprocessing]:
+        """Let timm build the complete ``model`` with weights and return them in this backbone's names."""
+        network: Any = self._create(model, pretrained=True, pretrained_cfg_overlay=overlay)
         return self._own_names(network.state_dict()), _preprocessing(network.pretrained_cfg)
 
     def _own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -298,6 +292,11 @@ def _tags(model: str) -> list[str]:
 
 def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(tuple(config["mean"]), tuple(config["std"]), interpolation=config["interpolation"])
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."
 
 
 def _prefixed(names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

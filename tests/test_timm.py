@@ -1,6 +1,7 @@
 """timm's models behind the contract, held against timm's own features_only models."""
 
 import copy
+import hashlib
 import importlib
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import build, randomise_norms, relative_error
+from safetensors.torch import save_file
 from torch import nn
 
 from backbone import (
@@ -318,14 +320,19 @@ def test_network_without_batch_norms_does_not_claim_frozen_ones(recwarn: pytest.
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, torch.Tensor]:
-    """Let timm find what it publishes for test_convnext in a file; return it."""
-    complete = timm.create_model("test_convnext")
+    return publish("test_convnext", monkeypatch, tmp_path)
+
+
+def publish(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Let timm find what it publishes for ``model`` in a file; return it."""
+    complete = timm.create_model(model)
     with torch.no_grad():
         for parameter in complete.parameters():
             parameter.normal_()
+    randomise_norms(complete)
     file = tmp_path / "weights.pth"
     torch.save(complete.state_dict(), file)
-    for name in timm.models.get_arch_pretrained_cfgs("test_convnext"):
+    for name in timm.models.get_arch_pretrained_cfgs(model):
         config = timm.models._registry._model_pretrained_cfgs[name]
         monkeypatch.setattr(config, "hf_hub_id", None)
         monkeypatch.setattr(config, "file", str(file))
@@ -337,6 +344,12 @@ def test_weights_of_timm_are_loaded_by_timm(published: dict[str, torch.Tensor], 
     backbone = build_timm("test_convnext", weights=source)
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, published[key.removeprefix("network.")])
+
+
+def test_published_weights_of_a_resnet_are_loaded_by_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state = publish("resnet18", monkeypatch, tmp_path)
+    for key, value in build_timm("resnet18", norm="bn", weights="default").state_dict().items():
+        assert torch.equal(value, state[key.removeprefix("network.")])
 
 
 def test_tag_in_the_name_is_the_default(published: dict[str, torch.Tensor]) -> None:
@@ -355,6 +368,68 @@ def test_preprocessing_of_the_weights_travels_with_the_backbone(published: dict[
 def test_weights_adapt_to_input_channels_as_timm_does(published: dict[str, torch.Tensor]) -> None:
     weight = build_timm("test_convnext", weights="default", in_channels=1).get_parameter("network.stem.0.weight")
     assert relative_error(weight, published["stem.0.weight"].sum(1, keepdim=True)) <= 1e-5
+
+
+FILE_MODELS = ("resnet18", "convnext_atto")  # a ResNet has torchvision's names, too
+
+
+def saved(kind: str, state: dict[str, torch.Tensor], folder: Path) -> str:
+    """Write ``state`` as a file of a kind; return where it is."""
+    path = folder / f"x{kind.partition('#')[0]}"
+    if kind == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "epoch": 3} if kind in (".ckpt", ".tar") else state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"file://{path}#sha256={digest}" if "#" in kind else str(path)
+
+
+@pytest.mark.parametrize("kind", [".pth", ".safetensors", ".ckpt", ".tar", ".pth#sha256"])
+@pytest.mark.parametrize("model", FILE_MODELS)
+def test_file_of_timms_names_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str, kind: str) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    complete = timm.create_model(model, num_classes=7)
+    backbone = build_timm(model, weights=saved(kind, complete.state_dict(), tmp_path))
+    config: Any = complete.pretrained_cfg
+    assert backbone.preprocessing.interpolation == config["interpolation"]
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, complete.state_dict()[key.removeprefix("network.")])
+
+
+@pytest.mark.parametrize("out_features", [ALL, ("c3",)])
+@pytest.mark.parametrize("kind", [".pth", ".ckpt"])
+@pytest.mark.parametrize("model", [*FILE_MODELS, "test_vit"])
+def test_own_state_dict_is_loaded(tmp_path: Path, model: str, kind: str, out_features: tuple[str, ...]) -> None:
+    state = build_timm(model).state_dict()
+    settings = {} if model == "test_vit" else {"out_features": out_features}
+    for key, value in build_timm(model, weights=saved(kind, state, tmp_path), **settings).state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_eps_of_timms_norms_stays_with_weights_of_timm(tmp_path: Path) -> None:
+    before = build_timm("tf_mobilenetv3_small_100", norm="bn")
+    file = saved(".pth", before.state_dict(), tmp_path)
+    after = build_timm("tf_mobilenetv3_small_100", norm="bn", weights=file)
+    assert {m.eps for m in after.modules() if hasattr(m, "running_var")} == {1e-3}
+
+
+BROKEN: dict[str, Any] = {
+    "missing": lambda state: {k: v for k, v in state.items() if k != "stages.1.blocks.0.gamma"},
+    "unexpected": lambda state: {**state, "junk": torch.zeros(2)},
+    "another shape": lambda state: {**state, "stem.0.bias": torch.zeros(3)},
+    "not finite": lambda state: {**state, "stem.0.bias": state["stem.0.bias"] * torch.nan},
+    "empty": lambda state: {},
+    "of another network": lambda state: timm.create_model("test_vit").state_dict(),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_file_that_does_not_fit_is_one_clear_error(tmp_path: Path, kind: str) -> None:
+    file = saved(".pth", BROKEN[kind](timm.create_model("convnext_atto").state_dict()), tmp_path)
+    with pytest.raises(ValueError, match=file) as caught:
+        build_timm("convnext_atto", weights=file)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(

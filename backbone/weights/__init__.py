@@ -6,6 +6,7 @@ source (sources.py) -> tensors (reading.py) -> our names (recognise.py, one file
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from backbone.weights.fit import require_fit
 from backbone.weights.inspect import Inspection, inspect_weights
 from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bgr
 from backbone.weights.reading import Checkpoint
-from backbone.weights.recognise import STEM, Recognised, recognise
+from backbone.weights.recognise import STEM, Recognised, recognise, wrapper
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
@@ -100,10 +101,22 @@ def load_weights(
 def _open(backbone: Backbone, source: str | os.PathLike[str], name: str) -> Checkpoint:
     """Read ``source``; what is no location may be a name that the network's own library knows."""
     named = None if is_location(source) else backbone.named_weights(str(source))
-    if named is None:
-        return open_source(source, name)
-    facts = Metadata(f"the network's library publishes it as {source}", known=True, preprocessing=named[1])
-    return Checkpoint(str(source), named[0], facts=facts)
+    if named is not None:
+        facts = Metadata(f"the network's library publishes it as {source}", known=True, preprocessing=named[1])
+        return Checkpoint(str(source), named[0], facts=facts)
+    checkpoint = open_source(source, name)
+    prefix = wrapper(checkpoint.tensors)
+    inside = {k.removeprefix(prefix): value for k, value in checkpoint.tensors.items() if k.startswith(prefix)}
+    try:
+        adapted = backbone.adapt_weights(inside)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.source}: {error}") from None
+    if adapted is None:
+        return checkpoint
+    tensors = {key: value for key, value in checkpoint.tensors.items() if not key.startswith(prefix)}
+    tensors |= {f"{prefix}{key}": value for key, value in adapted[0].items()}
+    assumed = Metadata("the library's description of this network", preprocessing=adapted[1])
+    return replace(checkpoint, tensors=tensors, facts=checkpoint.facts or assumed)
 
 
 def _fit_stem(

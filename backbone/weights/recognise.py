@@ -53,6 +53,17 @@ TWINS: Final = (
 )
 """Of two copies of one network the first is taken: the average that is evaluated; in MoCo and BYOL the trained one."""
 
+CONTAINERS: Final = (
+    "ema_state_dict",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "state_dict",
+    "model",
+    "module",
+    "_orig_mod",
+)
+"""Those of the wrappers that no network has as a module, in the order in which they are preferred."""
 
 STEM: Final = "conv1.weight"
 
@@ -123,6 +134,14 @@ def recognise(checkpoint: Checkpoint, is_own: Callable[[str], bool] = lambda key
     return Recognised(chosen, why, candidate.prefix, state, dropped, unexplained, additions, metadata)
 
 
+def wrapper(tensors: Mapping[str, Tensor]) -> str:
+    """Return the prefix under which training scripts put the network, whatever its names: "" where there is none."""
+    prefix = ""
+    while word := next((w for w in CONTAINERS if any(key.startswith(f"{prefix}{w}.") for key in tensors)), None):
+        prefix += f"{word}."
+    return prefix
+
+
 def _candidates(checkpoint: Checkpoint, is_own: Callable[[str], bool]) -> list[_Candidate]:
     """Return every place where a network may be, with its keys, by each scheme that knows some of them."""
     found: dict[tuple[int, str], _Candidate] = {}
@@ -153,6 +172,11 @@ def _choose(checkpoint: Checkpoint, candidates: list[_Candidate]) -> _Candidate:
             f"format ({', '.join(f.name for f in FORMATS)}) behind known wrappers; got "
             f"{listed('tensors', list(checkpoint.tensors))}"
         )
+    own = [candidate for candidate in candidates if candidate.scheme is None]
+    # Within what is the network's own by name, no other network is looked for: timm/resnet18 holds a ResNet.
+    candidates = [
+        c for c in candidates if not any(c.prefix != o.prefix and c.names.keys() <= o.names.keys() for o in own)
+    ]
     most = max(len(candidate.names) for candidate in candidates)
     large = [c for c in candidates if 2 * len(c.names) > most]
     best: dict[str, _Candidate] = {}
