@@ -69,8 +69,9 @@ class FrozenBatchNorm2d(nn.Module):
         return nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, C, H, W) -> the same shape and dtype, also under autocast."""
-        scale, shift = (constant.to(x.dtype)[:, None, None] for constant in self.scale_and_shift())
+        """Features (N, C, H, W), or tokens (N, C) or (N, C, L) -> the same shape and dtype, also under autocast."""
+        ones = (1,) * (x.ndim - 2)
+        scale, shift = (constant.to(x.dtype).view(-1, *ones) for constant in self.scale_and_shift())
         return torch.addcmul(shift, x, scale)
 
     def train(self, mode: bool = True) -> Self:

@@ -245,17 +245,9 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
 
 
-class FrozenBatchNorm1d(FrozenBatchNorm2d):
-    """The frozen form of BatchNorm1d, which some of timm's transformers have on tokens."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (N, C) or (N, C, L) -> the same shape."""
-        return super().forward(x.reshape(*x.shape[:2], -1, 1)).reshape(x.shape)
-
-
 register_frozen_form(BatchNormAct2d, FrozenBatchNormAct2d)
 register_frozen_form(SyncBatchNormAct, FrozenBatchNormAct2d)
-register_frozen_form(nn.BatchNorm1d, FrozenBatchNorm1d)
+register_frozen_form(nn.BatchNorm1d, FrozenBatchNorm2d)  # some transformers have it on tokens
 
 
 def _with_norms(network: nn.Module, norm: NormName, model: str) -> nn.Module:

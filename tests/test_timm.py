@@ -237,9 +237,10 @@ def test_norm_means_what_it_means_for_ours(model: str, norm: str) -> None:
     assert all(trainable) == (norm != "frozen_bn")
 
 
+@pytest.mark.parametrize("norm", ["bn", "sync_bn"])
 @pytest.mark.parametrize("model", ["test_byobnet", "levit_128s"])  # norm with activation; norm of tokens
-def test_frozen_norms_equal_the_layers_they_stand_for(model: str) -> None:
-    backbone = build_timm(model, norm="bn").eval()
+def test_frozen_norms_equal_the_layers_they_stand_for(model: str, norm: str) -> None:
+    backbone = build_timm(model, norm=norm).eval()
     randomise_norms(backbone)
     images = batch(backbone)
     expected = backbone(images)
