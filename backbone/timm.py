@@ -273,6 +273,8 @@ def _replace_by_group_norms(network: nn.Module, model: str) -> None:
         if isinstance(old, BatchNormAct2d):
             new = GroupNormAct(old.num_features, num_groups=new.num_groups, apply_act=False)
             new.drop, new.act = old.drop, old.act
+        if old.affine:  # zero where the model was built with zero_init_residual
+            new.weight, new.bias = old.weight, old.bias
         network.set_submodule(path, new)
 
 

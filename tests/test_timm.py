@@ -237,6 +237,13 @@ def test_norm_means_what_it_means_for_ours(model: str, norm: str) -> None:
     assert all(trainable) == (norm != "frozen_bn")
 
 
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize("zero", [True, False])
+def test_zero_init_residual_holds_for_every_trainable_norm(norm: str, zero: bool) -> None:
+    backbone = build_timm("resnet18", norm=norm, zero_init_residual=zero)
+    assert bool(backbone.get_parameter("network.layer1.0.bn2.weight").any()) != zero
+
+
 @pytest.mark.parametrize("norm", ["bn", "sync_bn"])
 @pytest.mark.parametrize("model", ["test_byobnet", "levit_128s"])  # norm with activation; norm of tokens
 def test_frozen_norms_equal_the_layers_they_stand_for(model: str, norm: str) -> None:
