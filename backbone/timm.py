@@ -20,6 +20,7 @@ from backbone.norm import FrozenBatchNorm2d, freeze_norms, norm_layer, register_
 from backbone.registry import BackboneConstructor, UnknownBackboneError
 from backbone.simple_pyramid import SimplePyramid
 from backbone.stages import STAGE_NAMES
+from backbone.weights.stem import adapt_preprocessing, stem_mapping
 
 PREFIX: Final = "timm/"
 MAX_REASON: Final = 500  # letters of what timm says; torch names every key that does not fit
@@ -79,6 +80,9 @@ def _build(model: str, config: BackboneConfig) -> "TimmBackbone":
         ),
         "stride_in_1x1 must be false: timm's own weights have the stride where the model has it": config.stride_in_1x1,
         "num_classes must be null: classify with timm.create_model itself": config.num_classes is not None,
+        "stem_channels_from must be null: timm itself adapts its weights to in_channels": (
+            config.stem_channels_from is not None
+        ),
         "checkpoint_stages must be empty: timm recomputes all stages or none": bool(config.checkpoint_stages),
     }
     for rule, broken in rules.items():
@@ -192,7 +196,7 @@ class TimmBackbone(Backbone):
         What timm adapts for its own weights it adapts here, too: older names, input channels, position embeddings.
         """
         if any(key.startswith("network.") for key in state):
-            return state, _preprocessing(self._pretrained_cfg)
+            return state, _preprocessing(self._pretrained_cfg, self.in_channels)
         with torch.device("meta"):
             complete: Any = self._create(self.model)
         classifier = complete.pretrained_cfg.get("classifier") or ()
@@ -207,7 +211,7 @@ class TimmBackbone(Backbone):
     def _pretrained(self, model: str, overlay: dict[str, object]) -> tuple[Mapping[str, Tensor], Preprocessing]:
         """Let timm build the complete ``model`` with weights and return them in this backbone's names."""
         network: Any = self._create(model, pretrained=True, pretrained_cfg_overlay=overlay)
-        return self._own_names(network.state_dict()), _preprocessing(network.pretrained_cfg)
+        return self._own_names(network.state_dict()), _preprocessing(network.pretrained_cfg, self.in_channels)
 
     def _own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``state``, in timm's names, in this backbone's; the pyramid, which timm lacks, stays as it is."""
@@ -284,8 +288,11 @@ def _tags(model: str) -> list[str]:
     return [split_model_name_tag(name)[1] for name, config in configs.items() if config.has_weights]
 
 
-def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), interpolation=config["interpolation"])
+def _preprocessing(config: Mapping[str, Any], in_channels: int) -> Preprocessing:
+    """Return what timm says of its weights, for the channels to which timm adapts them as we do our own."""
+    rgb = Preprocessing(tuple(config["mean"]), tuple(config["std"]), interpolation=config["interpolation"])
+    mapping = stem_mapping(len(rgb.mean), in_channels, None)
+    return rgb if mapping is None else adapt_preprocessing(rgb, mapping)
 
 
 def _one_line(error: Exception) -> str:

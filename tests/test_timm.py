@@ -59,6 +59,7 @@ REFUSED = {
 # Settings that timm has no way to honour -> part of the reason.
 UNSUPPORTED: list[tuple[str, dict[str, object], str]] = [
     ("test_resnet", {"stride_in_1x1": True}, "stride_in_1x1 must be false"),
+    ("test_resnet", {"weights": "default", "stem_channels_from": [2, 1, 0]}, "stem_channels_from must be null: timm"),
     ("test_resnet", {"num_classes": 10}, "num_classes must be null"),
     ("test_resnet", {"checkpoint_stages": ["c2"]}, "checkpoint_stages must be empty"),
     ("test_resnet", {"dilate_first_block": True, "output_stride": 16}, "keeps the previous dilation"),
@@ -438,6 +439,15 @@ def test_file_that_does_not_fit_is_one_clear_error(tmp_path: Path, kind: str) ->
         build_timm("convnext_atto", weights=file)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_mean_and_std_adapt_to_input_channels(published: dict[str, torch.Tensor], channels: int) -> None:
+    rgb = build_timm("test_convnext", weights="default").preprocessing
+    adapted = build_timm("test_convnext", weights="default", in_channels=channels).preprocessing
+    for given, wanted in ((adapted.mean, rgb.mean), (adapted.std, rgb.std)):
+        expected = (sum(wanted) / 3,) if channels == 1 else (*wanted, wanted[0])
+        assert given == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
