@@ -60,13 +60,17 @@ def list_backbones(pattern: str = "*", *, provider: str | None = None) -> list[s
 
     Raises:
         ImportError: If the library is not installed.
+        ValueError: If nobody is called ``provider``.
     """
     library = find_library(pattern if provider is None else f"{provider}/")
     if library is not None:
         patterns = [pattern, f"{provider}/{pattern}"]
         return sorted(name for name in library.names() if any(fnmatchcase(name, each) for each in patterns))
-    names = sorted(name for name in {*_constructors, *_plugins()} if fnmatchcase(name, pattern))
-    return [name for name in names if provider in (None, origin(name).split(" (", maxsplit=1)[0])]
+    providers = {name: origin(name).split(" (", maxsplit=1)[0] for name in {*_constructors, *_plugins()}}
+    if provider is not None and provider not in providers.values():
+        known = sorted({*providers.values(), *_LIBRARIES})
+        raise ValueError(f"unknown provider {provider!r}{did_you_mean(provider, known)} known: {', '.join(known)}")
+    return sorted(name for name, by in providers.items() if fnmatchcase(name, pattern) and provider in (None, by))
 
 
 def origin(name: str) -> str:

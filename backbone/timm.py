@@ -183,7 +183,10 @@ class TimmBackbone(Backbone):
         tag = (own_tag or next(iter(tags), "")) if name == "default" else name
         if tag not in tags:
             offered = f"one of default, {', '.join(tags)}" if tags else "null, for timm publishes none"
-            raise ValueError(f"weights of timm/{model} must be {offered}, or a file; got {name!r}")
+            named_model, named_tag = split_model_name_tag(name.removeprefix(PREFIX))
+            is_this = tags and named_model == model and named_tag in ("", *tags)
+            hint = f"; write {named_tag or 'default'}" if is_this else ""
+            raise ValueError(f"weights of timm/{model} must be {offered}, or a file; got {name!r}{hint}")
         try:
             return self._pretrained(f"{model}.{tag}", {})
         except (OSError, RuntimeError) as error:

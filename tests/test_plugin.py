@@ -122,7 +122,6 @@ FILTERS: list[tuple[dict[str, object], list[str]]] = [
     ({"pattern": "tiny*", "strides": (64,)}, []),
     ({"pattern": "timm/levit_384*", "strides": (8,)}, ["timm/levit_384_s8"]),
     ({"pattern": "test_conv*", "provider": "timm", "max_parameters": 260_000}, ["timm/test_convnext"]),
-    ({"pattern": "*", "provider": "nobody"}, []),
 ]
 
 
@@ -144,6 +143,12 @@ def test_count_is_read(text: str, number: int) -> None:
 @pytest.mark.parametrize("arguments", [("--max-parameters", "many"), ("--strides", "4;8"), ("--provider", "nobody")])
 def test_filter_that_says_nothing_is_refused(arguments: tuple[str, ...]) -> None:
     assert run("list", *arguments)[0] == 2
+
+
+def test_unknown_provider_is_told_the_known_ones() -> None:
+    code, _, shown = run("list", "--provider", "tim")
+    assert code == 2
+    assert "unknown provider 'tim'; did you mean 'timm'? known: built in, " in " ".join(shown.split())
 
 
 def test_strides_are_read() -> None:

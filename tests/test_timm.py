@@ -441,6 +441,14 @@ def test_file_that_does_not_fit_is_one_clear_error(tmp_path: Path, kind: str) ->
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "tag"), [("timm/test_convnext", "default"), ("timm/test_convnext.r160_in1k", "r160_in1k")]
+)
+def test_models_name_in_the_place_of_a_tag_is_told_what_to_write(name: str, tag: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{name}'; write {tag}$"):
+        build_timm("test_convnext", weights=name)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_mean_and_std_adapt_to_input_channels(published: dict[str, torch.Tensor], channels: int) -> None:
     rgb = build_timm("test_convnext", weights="default").preprocessing

@@ -63,7 +63,8 @@ class Metadata:
             if pixels is not None:
                 mean, std, (low, high) = (tuple(map(float, pixels[name])) for name in ("mean", "std", "value_range"))
                 order = {"rgb": "rgb", "bgr": "bgr"}[pixels["channel_order"]]
-                pixels = Preprocessing(mean, std, order, (low, high))  # type: ignore[arg-type]
+                interpolation = str(pixels.get("interpolation", "bilinear"))  # absent from our first files
+                pixels = Preprocessing(mean, std, order, (low, high), interpolation)  # type: ignore[arg-type]
             return cls(**fields, preprocessing=pixels)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             raise ValueError(

@@ -40,6 +40,7 @@ def download(source: str) -> Checkpoint:
     except Exception as error:  # RuntimeError, ValueError, and whatever the hub raises
         raise ValueError(f"{source}: timm gives no such weights: {' '.join(str(error).split())}") from None
     published: Any = model.pretrained_cfg
-    pixels = Preprocessing(mean=tuple(published["mean"]), std=tuple(published["std"]))
+    mean, std, interpolation = (published[key] for key in ("mean", "std", "interpolation"))
+    pixels = Preprocessing(tuple(mean), tuple(std), interpolation=interpolation)
     facts = Metadata(f"timm publishes it as {source}", known=True, preprocessing=pixels, stride_in_1x1=False)
     return Checkpoint(source, model.state_dict(), facts=facts)

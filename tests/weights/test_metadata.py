@@ -178,7 +178,7 @@ def test_header_that_is_not_ours_is_refused(tmp_path: Path, text: str) -> None:
         load_weights(build(), tmp_path / "x.safetensors", name="resnet18")
 
 
-@pytest.mark.parametrize("pixels", [BGR_255, None, Preprocessing()])
+@pytest.mark.parametrize("pixels", [BGR_255, None, Preprocessing(), Preprocessing(interpolation="bicubic")])
 def test_metadata_survives_its_json(pixels: Preprocessing | None) -> None:
     metadata = Metadata("a test", True, pixels, True, 1e-3, False)
     assert Metadata.from_json(metadata.to_json()) == metadata

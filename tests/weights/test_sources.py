@@ -21,6 +21,7 @@ import torch
 from conftest import build
 
 from backbone import convert_weights, load_weights
+from backbone.features import Preprocessing
 from backbone.weights import sources
 
 ROOT = Path(__file__).parents[2]
@@ -292,7 +293,7 @@ def test_incomplete_hugging_face_address_is_refused(address: str) -> None:
 
 def test_timm_name_goes_through_timms_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs: Any = foreign.timm_network("resnet18")
-    theirs.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (4, 5, 6)}
+    theirs.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (4, 5, 6), "interpolation": "bicubic"}
     asked = []
 
     def create_model(name: str, *, pretrained: bool) -> Any:
@@ -303,7 +304,8 @@ def test_timm_name_goes_through_timms_hub(monkeypatch: pytest.MonkeyPatch) -> No
     model = build()
     report = load_weights(model, "timm/resnet18.a1_in1k", name="resnet18")
     assert asked == [("resnet18.a1_in1k", True)]
-    assert (model.preprocessing.mean, report.metadata.known) == ((0.1, 0.2, 0.3), True)
+    assert model.preprocessing == Preprocessing((0.1, 0.2, 0.3), (4, 5, 6), interpolation="bicubic")
+    assert report.metadata.known
     assert torch.equal(model.state_dict()["conv1.weight"], theirs.state_dict()["conv1.weight"])
 
 
