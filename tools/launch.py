@@ -78,5 +78,5 @@ _NOISE: Final = (
     ".*does not have many workers",  # num_workers is the recipe's
     ".*GPU available but not used",  # --device cpu says so
     ".*directory .* exists and is not empty",  # it holds the recipe
-    ".*modules? in eval mode at the start of training",
+    ".*in eval mode at the start of training",  # the frozen stages are
 )
