@@ -47,7 +47,11 @@ REFUSED: dict[str, tuple[Callable[[Content], Any], dict[str, Any], str]] = {
         {},
         r"train\.json: category_id must be one of \[1, 2, 3, 4\], annotation 3 has 9",
     ),
-    "number of classes": (lambda _: None, {"num_classes": 4}, r"num_classes must be 5, the 4 categories .*; got 4"),
+    "number of classes": (
+        lambda _: None,
+        {"num_classes": 4},
+        r"num_classes must be 5, for the 4 categories .* or above 4, .*; got 4",
+    ),
     "no masks": (
         lambda content: drop(content, "segmentation"),
         {"detector": "mask_rcnn"},
@@ -182,6 +186,17 @@ def test_category_ids_with_gaps_become_labels_from_one(data: Path, tmp_path: Pat
     label = {1: 3, 2: 1, 3: 4, 4: 2}
     for index in range(8):
         assert after[0, index][1]["labels"].tolist() == [label[each] for each in before[0, index][1]["labels"].tolist()]
+
+
+def test_a_detector_with_room_for_the_ids_of_coco_keeps_them(data: Path, tmp_path: Path) -> None:
+    def edit(content: Content) -> None:
+        content["categories"] = [{"id": each["id"] * 22, "name": each["name"]} for each in content["categories"]]
+        for annotation in content["annotations"]:
+            annotation["category_id"] *= 22
+
+    before = dataset(data)
+    after = dataset(edited(data, tmp_path, edit), num_classes=91)
+    assert torch.equal(after[0, 0][1]["labels"], 22 * before[0, 0][1]["labels"])
 
 
 def test_crowds_are_not_learned_from_but_evaluated(data: Path, tmp_path: Path) -> None:

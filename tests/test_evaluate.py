@@ -17,6 +17,7 @@ import evaluate
 from coco_annotations import Annotations, read_annotations
 from coco_data import CocoImages
 from coco_metrics import CocoMetrics
+from detection_module import DetectionModule
 from reports import save_metrics
 
 from backbone.recipe import DetectorConfig
@@ -90,7 +91,7 @@ def test_average_precision_is_that_of_torchmetrics(noise: float, data: Path) -> 
     found, expected = ours.compute(), theirs.compute()
     assert found["AP"] == pytest.approx(float(expected["map"]), abs=1e-6)
     assert found["AP50"] == pytest.approx(float(expected["map_50"]), abs=1e-6)
-    classes = [found[f"AP/{name}"] for name in annotations.class_names]
+    classes = [found[f"AP/{name}"] for name in annotations.class_names.values()]
     assert classes == pytest.approx(expected["map_per_class"].tolist(), abs=1e-6)
     assert (found["AP"] == pytest.approx(1.0)) == (noise == 0)
     assert found["segm/AP"] == pytest.approx(1.0) or noise > 0
@@ -113,3 +114,34 @@ def test_a_class_without_annotations_is_null_in_the_file(data: Path, tmp_path: P
     assert math.isnan(metrics["AP/square"])
     save_metrics(metrics, tmp_path / "metrics.json")
     assert json.loads((tmp_path / "metrics.json").read_text())["AP/square"] is None
+
+
+def test_ids_kept_as_labels_measure_the_same_and_other_labels_count_for_nothing(data: Path, tmp_path: Path) -> None:
+    file = copy_of(data, tmp_path / "copy") / "annotations" / "train.json"
+    content = json.loads(file.read_text())
+    for record, key in [*((each, "id") for each in content["categories"])] + [
+        (each, "category_id") for each in content["annotations"]
+    ]:
+        record[key] += 30
+    file.write_text(json.dumps(content))
+    config = DetectorConfig.model_validate({**recipe("mask_rcnn"), "num_classes": 91})
+    annotations = read_annotations(tmp_path / "copy", "train", config)
+    images = CocoImages(annotations, config, train=False)
+    metrics = CocoMetrics(images.coco, annotations.class_names, "faster_rcnn")
+    for index, image_id in enumerate(images.ids):
+        target = images[0, index][1]
+        boxes, labels = target["boxes"].repeat(3, 1), target["labels"]
+        labels = torch.cat((labels, torch.zeros_like(labels), torch.full_like(labels, 90)))
+        metrics.add(image_id, {"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))})
+    assert metrics.compute()["AP"] == pytest.approx(1.0)
+
+
+def test_the_mean_overlap_is_that_of_the_classes_that_are_there(data: Path) -> None:
+    config = DetectorConfig.model_validate(recipe("fcn"))
+    annotations = read_annotations(data, "val", config)
+    module = DetectionModule(config, CocoImages(annotations, config, train=False), annotations.class_names)
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign] # there is no trainer
+    module.overlap.update(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 0, 1, 2]]))
+    module.on_validation_epoch_end()
+    assert module.metrics["mIoU"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert math.isnan(module.metrics["IoU/star"])

@@ -26,6 +26,7 @@ class Annotations:
         content: The file's content without what was skipped; area and iscrowd are always there.
         skipped: One line for each image and annotation left out: which, and why.
         num_annotations: Annotations in the file, those of skipped images included.
+        labels: The detector's class for each category id, in the ids' order; 0 is the background.
     """
 
     folder: Path
@@ -33,17 +34,13 @@ class Annotations:
     content: dict[str, Any]
     skipped: list[str] = field(default_factory=list)
     num_annotations: int = 0
+    labels: dict[int, int] = field(default_factory=dict)
 
     @property
-    def category_ids(self) -> list[int]:
-        """Category ids in order: the first is class 1 of the detector, 0 is the background."""
-        return sorted(category["id"] for category in self.content["categories"])
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the categories in the order of ``category_ids``."""
+    def class_names(self) -> dict[int, str]:
+        """Names of the categories by label, in the order of the labels and of the category ids."""
         names = {category["id"]: str(category.get("name", category["id"])) for category in self.content["categories"]}
-        return [names[number] for number in self.category_ids]
+        return {label: names[number] for number, label in self.labels.items()}
 
     @property
     def keypoint_names(self) -> list[str]:
@@ -78,7 +75,8 @@ def read_annotations(data: Path, split: str, config: DetectorConfig) -> Annotati
             )
     found = Annotations(folder, file, _read_json(file))
     found.num_annotations = len(found.content["annotations"])
-    _check_categories(found, config)
+    found.labels = _labels(found, config.num_classes)
+    _check_category_ids(found)
     _skip_unreadable_images(found)
     _skip_unusable_annotations(found, config)
     if not found.content["images"]:
@@ -107,17 +105,29 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_categories(found: Annotations, config: DetectorConfig) -> None:
-    known = set(found.category_ids)
-    if config.num_classes != len(known) + 1:
-        raise ValueError(
-            f"num_classes must be {len(known) + 1}, the {len(known)} categories of {found.file} and the background; "
-            f"got {config.num_classes}"
-        )
+def _labels(found: Annotations, num_classes: int) -> dict[int, int]:
+    """Number the categories from 1, or keep their ids where the detector has room for them, as torchvision's for COCO.
+
+    COCO's 80 categories have ids up to 90, and torchvision's weights 91 classes: a class for each id, and 0.
+    """
+    ids = sorted(category["id"] for category in found.content["categories"])
+    if not all(type(number) is int and number >= 0 for number in ids):
+        raise ValueError(f"{found.file}: ids of categories must be integers of at least 0, got {ids}")
+    if num_classes == len(ids) + 1:
+        return {number: label for label, number in enumerate(ids, start=1)}
+    if ids and ids[0] > 0 and ids[-1] < num_classes:
+        return {number: number for number in ids}
+    raise ValueError(
+        f"num_classes must be {len(ids) + 1}, for the {len(ids)} categories of {found.file} numbered from 1 and the "
+        f"background, or above {max(ids, default=0)}, to keep their ids (from 1) as labels; got {num_classes}"
+    )
+
+
+def _check_category_ids(found: Annotations) -> None:
     for annotation in found.content["annotations"]:
-        if annotation["category_id"] not in known:
+        if annotation["category_id"] not in found.labels:
             raise ValueError(
-                f"{found.file}: category_id must be one of {found.category_ids}, annotation {annotation['id']} has "
+                f"{found.file}: category_id must be one of {[*found.labels]}, annotation {annotation['id']} has "
                 f"{annotation['category_id']!r}; mend it or add the category"
             )
 

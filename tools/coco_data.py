@@ -47,7 +47,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         self.training_coco, self.ids = dataset.coco, dataset.ids
         keys = ["image_id", "boxes", "labels", *(["masks"] if config.detector in NEEDS_MASKS else [])]
         self.images = wrap_dataset_for_transforms_v2(dataset, target_keys=keys)
-        self.labels = {number: label for label, number in enumerate(annotations.category_ids, start=1)}
+        self.labels = annotations.labels
         self.flipped_keypoints = mirrored(annotations.keypoint_names or [""] * config.num_keypoints)
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         return image, {**plain, "image_id": self.ids[index], "file_name": file_name}
 
     def _complete(self, target: Target, size: Sequence[int]) -> Target:
-        """Add what an image without annotations lacks, contiguous labels, and keypoints."""
+        """Add what an image without annotations lacks, the detector's labels, and keypoints."""
         annotations = self.training_coco.imgToAnns[target["image_id"]]
         if not annotations:
             target["boxes"] = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=tuple(size))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -34,14 +35,14 @@ class CocoMetrics:
 
     Args:
         coco: The annotations.
-        class_names: Names in the order of the category ids.
+        class_names: Names by label, in the order of the category ids.
         detector: Which detector, for what it predicts.
     """
 
-    def __init__(self, coco: COCO, class_names: list[str], detector: DetectorName) -> None:
+    def __init__(self, coco: COCO, class_names: Mapping[int, str], detector: DetectorName) -> None:
         self.coco = as_coco(copy.deepcopy(coco.dataset))  # COCOeval changes what it is given
         self.class_names = class_names
-        self.category_ids = sorted(coco.cats)
+        self.category_ids = dict(zip(class_names, sorted(coco.cats), strict=True))  # by label
         self.results: dict[IouType, list[Result]] = {kind: [] for kind in IOU_TYPES.get(detector, ("bbox",))}
 
     def reset(self) -> None:
@@ -50,13 +51,18 @@ class CocoMetrics:
             results.clear()
 
     def add(self, image_id: int, prediction: dict[str, Tensor]) -> None:
-        """Add one image's detections as torchvision gives them: boxes (N, 4) in x1, y1, x2, y2, labels, scores."""
+        """Add one image's detections as torchvision gives them: boxes (N, 4) in x1, y1, x2, y2, labels, scores.
+
+        A label of no category counts for nothing: RetinaNet and FCOS have an output for the background too.
+        """
         prediction = {name: value.detach().float().cpu() for name, value in prediction.items()}
         corners = prediction["boxes"].numpy()
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1).tolist()
         for number, label in enumerate(prediction["labels"].int().tolist()):
+            if label not in self.category_ids:
+                continue
             score = float(prediction["scores"][number])
-            common = {"image_id": image_id, "category_id": self.category_ids[label - 1], "score": score}
+            common = {"image_id": image_id, "category_id": self.category_ids[label], "score": score}
             for kind, results in self.results.items():
                 results.append({**common, **_geometry(kind, prediction, number, boxes[number])})
 
@@ -81,7 +87,7 @@ class CocoMetrics:
             evaluation.accumulate()
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class), all sizes, most detections
         precision = np.where(precision < 0, np.nan, precision)
-        names = {f"AP/{name}": precision[:, :, number] for number, name in enumerate(self.class_names)}
+        names = {f"AP/{name}": precision[:, :, number] for number, name in enumerate(self.class_names.values())}
         areas = {"AP": precision, "AP50": precision[0], "AP75": precision[5], **names}
         return {name: _mean(values) for name, values in areas.items()}
 

@@ -1,7 +1,7 @@
 """What Lightning trains: a detector with its optimizer, losses and metrics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class DetectionModule(L.LightningModule):
     Args:
         config: The recipe.
         validation: What is measured on; its metrics are logged as ``val/...``.
-        class_names: Of the categories, in the order of their ids.
+        class_names: Of the categories, by label.
         steps_per_epoch: Of one process.
         num_steps: Of the whole training, for the learning rate's course.
 
@@ -46,7 +46,7 @@ class DetectionModule(L.LightningModule):
         self,
         config: DetectorConfig,
         validation: CocoImages,
-        class_names: list[str],
+        class_names: Mapping[int, str],
         *,
         steps_per_epoch: int = 1,
         num_steps: int = 1,
@@ -61,7 +61,9 @@ class DetectionModule(L.LightningModule):
         parameter_groups(self.detector, config.train)  # an error now rather than after the first epoch's data
         self.is_segmenter = config.detector in SEGMENTERS
         self.coco_metrics = CocoMetrics(validation.coco, class_names, config.detector)
-        self.overlap = MulticlassJaccardIndex(config.num_classes, average="none", ignore_index=IGNORED)
+        self.overlap = MulticlassJaccardIndex(
+            config.num_classes, average="none", ignore_index=IGNORED, zero_division=math.nan
+        )
         self.metrics: dict[str, float] = {}
 
     def forward(self, images: list[Tensor], targets: Sequence[Target] | None = None) -> Any:  # noqa: ANN401 - a dict or a list
@@ -125,10 +127,10 @@ class DetectionModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Measure what all processes found."""
         if self.is_segmenter:
-            by_class = self.overlap.compute().tolist()
-            names = ["background", *self.class_names]
-            self.metrics = {"mIoU": sum(by_class) / len(by_class)}
-            self.metrics |= {f"IoU/{name}": value for name, value in zip(names, by_class, strict=True)}
+            by_class = self.overlap.compute()  # NaN for a class that is neither there nor predicted
+            names = {0: "background", **self.class_names}
+            self.metrics = {"mIoU": by_class.nanmean().item()}
+            self.metrics |= {f"IoU/{name}": by_class[label].item() for label, name in names.items()}
         else:
             self.metrics = self.coco_metrics.compute()
         self.log_dict({f"val/{name}": value for name, value in self.metrics.items()}, rank_zero_only=True)

@@ -52,7 +52,7 @@ def draw_sheet(
     images: Sequence[Tensor],
     truths: Sequence[Mapping[str, Any]],
     predictions: Sequence[Mapping[str, Any]],
-    class_names: Sequence[str],
+    class_names: Mapping[int, str],
     path: Path,
 ) -> None:
     """Draw a row for each image: the truth on the left, what was predicted on the right."""
@@ -72,14 +72,14 @@ def draw_sheet(
     figure.savefig(path, dpi=100)
 
 
-def draw(image: Tensor, found: Mapping[str, Any], class_names: Sequence[str]) -> Tensor:
+def draw(image: Tensor, found: Mapping[str, Any], class_names: Mapping[int, str]) -> Tensor:
     """Return the image (3, H, W), enlarged, with boxes, masks, keypoints or classes drawn on it, as uint8."""
     factor = max(1.0, SIDE / min(image.shape[-2:]))
     size = [round(side * factor) for side in image.shape[-2:]]
     canvas: Tensor = (v2.functional.resize(image, size, antialias=True).clamp(0, 1) * 255).to(torch.uint8)
     if "classes" in found:
         classes = v2.functional.resize(found["classes"][None], size, v2.InterpolationMode.NEAREST)[0]
-        labels = list(range(1, len(class_names) + 1))
+        labels = list(class_names)
         masks = torch.stack([classes == label for label in labels])
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors_of(labels))
     else:
@@ -87,13 +87,13 @@ def draw(image: Tensor, found: Mapping[str, Any], class_names: Sequence[str]) ->
     return canvas
 
 
-def _draw_objects(canvas: Tensor, found: Mapping[str, Any], class_names: Sequence[str], factor: float) -> Tensor:
+def _draw_objects(canvas: Tensor, found: Mapping[str, Any], class_names: Mapping[int, str], factor: float) -> Tensor:
     """Draw what is on an image that was enlarged by ``factor``; of predictions only those with enough score."""
     kept = found["scores"] >= MIN_SCORE if "scores" in found else torch.ones(len(found["labels"]), dtype=torch.bool)
     labels = found["labels"][kept].tolist()
     if not labels:
         return canvas
-    titles = [class_names[label - 1] for label in labels]
+    titles = [class_names.get(label, str(label)) for label in labels]
     if "scores" in found:
         titles = [f"{title} {score:.2f}" for title, score in zip(titles, found["scores"][kept].tolist(), strict=True)]
     if "masks" in found:

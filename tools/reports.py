@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,7 +52,7 @@ def _without_nan(value: object) -> object:
 
 
 @torch.no_grad()
-def save_sheet(module: DetectionModule, data: CocoImages, class_names: Sequence[str], path: Path) -> None:
+def save_sheet(module: DetectionModule, data: CocoImages, class_names: Mapping[int, str], path: Path) -> None:
     """Draw the truth and the predictions of the first images of ``data``."""
     module.eval()
     images, truths = zip(*(data[0, index] for index in range(min(NUM_ON_SHEET, len(data)))), strict=True)

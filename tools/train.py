@@ -58,7 +58,7 @@ def trainer_for(
 
 
 def save_results(
-    module: DetectionModule, history: History, images: CocoImages, class_names: list[str], out: Path
+    module: DetectionModule, history: History, images: CocoImages, class_names: Mapping[int, str], out: Path
 ) -> list[Path]:
     """Write weights, numbers and pictures; return their paths."""
     names = ("model.pth", "backbone.pth", "metrics.json", "curves.png", "sheet.png")
@@ -77,7 +77,7 @@ def require_same_categories(splits: Mapping[str, Annotations]) -> None:
     Raises:
         ValueError: If the splits have other categories.
     """
-    first, second = (dict(zip(each.category_ids, each.class_names, strict=True)) for each in splits.values())
+    first, second = (dict(zip(each.labels, each.class_names.values(), strict=True)) for each in splits.values())
     if first != second:
         raise ValueError(f"train and val must have the same categories, got {first} and {second}")
 
