@@ -97,5 +97,5 @@ COURSES: list[tuple[dict[str, Any], dict[int, float]]] = [
 
 @pytest.mark.parametrize(("settings", "expected"), COURSES)
 def test_learning_rate_takes_its_course(settings: dict[str, Any], expected: dict[int, float]) -> None:
-    factor = rate_factor(TrainConfig.model_validate({"warmup_steps": 0, **settings}), 10, 120)
-    assert {step: factor(step) for step in expected} == pytest.approx(expected)
+    train = TrainConfig.model_validate({"warmup_steps": 0, **settings})
+    assert {step: rate_factor(train, step, step / 10) for step in expected} == pytest.approx(expected)

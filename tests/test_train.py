@@ -182,6 +182,24 @@ def test_a_changed_freeze_goes_on_with_the_state_each_parameter_had(
     assert any(name.startswith("backbone.body.layer1.") for name in ended)
 
 
+def test_the_rate_goes_on_where_it_was_with_another_number_of_steps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(batch_size: int, epochs: int) -> dict[str, Any]:
+        course = {"warmup_steps": 0, "learning_rate_decay": "steps", "decay_epochs": [2]}
+        return recipe(train={"batch_size": batch_size, "epochs": epochs, "learning_rate": 0.001, **course})
+
+    assert train(settings(1, 1), data, tmp_path / "run").exit_code == 0  # eight steps, then two an epoch
+    rates: list[float] = []
+    monkeypatch.setattr(
+        "callbacks.History.on_train_batch_start",
+        lambda _, trainer, *__: rates.append(trainer.optimizers[0].param_groups[0]["lr"]),
+        raising=False,
+    )
+    assert train(settings(4, 3), data, tmp_path / "run", "--resume").exit_code == 0
+    assert rates == pytest.approx([0.001] * 2 + [0.0001] * 2)
+
+
 def state_of(module: Any) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in module.detector.named_parameters()}
     state = module.trainer.optimizers[0].state

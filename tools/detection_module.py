@@ -35,7 +35,6 @@ class DetectionModule(L.LightningModule):
         validation: What is measured on; its metrics are logged as ``val/...``.
         class_names: Of the categories, by label.
         steps_per_epoch: Of one process.
-        num_steps: Of the whole training, for the learning rate's course.
 
     Attributes:
         detector: torchvision's model on our backbone.
@@ -49,10 +48,10 @@ class DetectionModule(L.LightningModule):
         class_names: Mapping[int, str],
         *,
         steps_per_epoch: int = 1,
-        num_steps: int = 1,
     ) -> None:
         super().__init__()
-        self._rate_factor = rate_factor(config.train, steps_per_epoch, num_steps)
+        self._steps_per_epoch = steps_per_epoch
+        self._start_epoch = self._start_step = 0
         self.config, self.class_names = config, class_names
         torch.manual_seed(config.train.seed)
         self.detector = build_detector(config)
@@ -142,6 +141,11 @@ class DetectionModule(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _rate_factor(self, step: int) -> float:
+        """Return the factor on every learning rate: an interrupted run may have had other steps in its epochs."""
+        steps = step - self._start_step + self._start_epoch * self._steps_per_epoch  # whole, so that it is exact
+        return rate_factor(self.config.train, step, steps / self._steps_per_epoch)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the recipe with the weights."""
         checkpoint["recipe"] = self.config.model_dump(mode="json")
@@ -152,6 +156,7 @@ class DetectionModule(L.LightningModule):
         Frozen norms and batch norms have the same keys, so that a changed freeze needs nothing here.
         """
         groups = parameter_groups(self.detector, self.config.train)
+        self._start_epoch, self._start_step = checkpoint["epoch"] + 1, checkpoint["global_step"]
         factor = self._rate_factor(checkpoint["global_step"])
         for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
             saved |= {"initial_lr": group["lr"], "lr": group["lr"] * factor, "weight_decay": group["weight_decay"]}

@@ -1,7 +1,6 @@
 """Which parameter learns how fast: groups by part and decay, and the learning rate of every step."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Final, get_args
 
 import torch
@@ -74,15 +73,15 @@ def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.op
     return torch.optim.SGD(groups, lr=train.learning_rate, momentum=MOMENTUM)
 
 
-def rate_factor(train: TrainConfig, steps_per_epoch: int, num_steps: int) -> Callable[[int], float]:
-    """Return the factor on every learning rate as a function of the step, counted from 0."""
+def rate_factor(train: TrainConfig, step: int, epoch: float) -> float:
+    """Return the factor on every learning rate at a step and an epoch, both counted from 0, the latter with fractions.
 
-    def factor(step: int) -> float:
-        warm = min(1.0, WARMUP_START + (1 - WARMUP_START) * step / train.warmup_steps) if train.warmup_steps else 1.0
-        if train.learning_rate_decay == "steps":
-            return warm * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in train.decay_epochs)
-        if train.learning_rate_decay == "cosine":
-            return warm * 0.5 * (1 + math.cos(math.pi * min(step, num_steps) / num_steps))
-        return warm
-
-    return factor
+    The warm-up follows the step and the decay the epoch, so that the decay stands where it stood when a run goes on
+    with another batch size, more processes or more images.
+    """
+    warm = min(1.0, WARMUP_START + (1 - WARMUP_START) * step / train.warmup_steps) if train.warmup_steps else 1.0
+    if train.learning_rate_decay == "steps":
+        return warm * 0.1 ** sum(epoch >= start for start in train.decay_epochs)
+    if train.learning_rate_decay == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * min(epoch / train.epochs, 1.0)))
+    return warm

@@ -107,12 +107,10 @@ def main(
         run = RunFolder(out, recipe, resume=resume, is_first_process=trainer.is_global_zero)
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         loaders = {split: make_loader(each, **ranks) for split, each in images.items()}
-        class_names, steps = splits["val"].class_names, len(loaders["train"])
+        class_names = splits["val"].class_names
         if run.checkpoint:  # the weights come from there
             warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        module = DetectionModule(
-            recipe, images["val"], class_names, steps_per_epoch=steps, num_steps=steps * recipe.train.epochs
-        )
+        module = DetectionModule(recipe, images["val"], class_names, steps_per_epoch=len(loaders["train"]))
         if trainer.is_global_zero:  # nothing is written before all that can be checked has been
             console.print("\n".join(each.summary() for each in splits.values()))
             run.begin(config, console)
