@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from backbone.config import BackboneConfig, StrictModel, read_yaml, rule
+from backbone.stages import STAGE_NAMES
 
 DetectorName = Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "deeplabv3", "fcn"]
 ExtraLevels = Literal["none", "maxpool", "p6p7"]
@@ -64,7 +65,8 @@ class TrainConfig(StrictModel):
     )
     freeze_schedule: Annotated[
         dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0, le=5)]] | None,
-        rule("must map epochs, counted from 0, to freeze_at values of 0 to 5"),
+        Field(min_length=1),
+        rule("must map one or more epochs, counted from 0, to freeze_at values of 0 to 5"),
     ] = Field(default=None, description="freeze_at by epoch, such as {0: 2, 5: 0}; null keeps the backbone's.")
     precision: Annotated[
         Literal["32-true", "bf16-mixed", "16-mixed"], rule("must be 32-true, bf16-mixed or 16-mixed")
@@ -161,9 +163,15 @@ class DetectorConfig(StrictModel):
     @model_validator(mode="after")
     def _refuse_impossible_combinations(self) -> "DetectorConfig":
         for key, detectors in _ONLY_FOR.items():
-            if key in self.model_fields_set and getattr(self, key) and self.detector not in detectors:
+            said = getattr(self, key) != type(self).model_fields[key].default or key == "pyramid"
+            if said and getattr(self, key) and self.detector not in detectors:
                 raise ValueError(f"{key} is for {', '.join(detectors)} only, got detector {self.detector}; remove it")
         features = self.backbone.out_features
+        if self.backbone.num_classes is not None:
+            raise ValueError(
+                f"a detector has no use for the backbone's classifier, got backbone.num_classes "
+                f"{self.backbone.num_classes}; the detector's own classes are num_classes, outside of backbone"
+            )
         if self.detector in DENSE_DETECTORS and self.pyramid is None:
             raise ValueError(f"pyramid must not be null for {self.detector}, which predicts on its levels; remove it")
         if self.detector in R_CNNS and self.pyramid is None and len(features) != 1:
@@ -178,6 +186,7 @@ class DetectorConfig(StrictModel):
                 f"remove the key"
             )
         self._refuse_settings_of_wrong_length()
+        self._refuse_impossible_freezing()
         return self
 
     def _refuse_settings_of_wrong_length(self) -> None:
@@ -185,9 +194,18 @@ class DetectorConfig(StrictModel):
             values, in_channels = getattr(self, key), self.backbone.in_channels
             if values is not None and len(values) != in_channels:
                 raise ValueError(f"{key} must have one value for each of {in_channels} in_channels, got {list(values)}")
-        schedule = self.train.freeze_schedule
-        if schedule is not None and "freeze_at" in self.backbone.model_fields_set:
+
+    def _refuse_impossible_freezing(self) -> None:
+        schedule, freeze_at = self.train.freeze_schedule, self.backbone.freeze_at
+        if schedule is not None and freeze_at:
             raise ValueError("freeze_at and freeze_schedule say the same thing; keep freeze_schedule, with epoch 0")
+        if schedule is not None and 0 not in schedule:
+            raise ValueError(f"freeze_schedule must say what is frozen from epoch 0 on, got {schedule}; add epoch 0")
+        if self.box_head == "c5" and len(STAGE_NAMES) in (freeze_at, *(schedule or {}).values()):
+            raise ValueError(
+                "freeze_at and freeze_schedule must be 0 to 4 with box_head: c5, which trains C5 as part of the head, "
+                "got 5"
+            )
 
 
 _ONLY_FOR: Final[Mapping[str, tuple[DetectorName, ...]]] = {

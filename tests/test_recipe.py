@@ -47,7 +47,12 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"backbone": {**BACKBONE, "in_channels": 4}, "image_mean": [0.5] * 3}, "one value for each of 4 in_channels"),
     ({"train": {"lr_multipliers": {"c6": 0.1}}}, "lr_multipliers must map stem, c2, .* got {'c6': 0.1}"),
     ({"train": {"lr_multipliers": {"c2": -1}}}, "lr_multipliers must map"),
-    ({"train": {"freeze_schedule": {0: 6}}}, "freeze_schedule must map epochs"),
+    ({"train": {"freeze_schedule": {0: 6}}}, "freeze_schedule must map one or more epochs"),
+    ({"train": {"freeze_schedule": {}}}, "freeze_schedule must map one or more epochs"),
+    ({"train": {"freeze_schedule": {1: 2}}}, "what is frozen from epoch 0 on"),
+    ({"backbone": {**BACKBONE, "num_classes": 10}}, "no use for the backbone's classifier"),
+    ({"pyramid": None, "box_head": "c5", "backbone": {**BACKBONE, "freeze_at": 5}}, "must be 0 to 4 with box_head"),
+    ({"pyramid": None, "box_head": "c5", "train": {"freeze_schedule": {0: 2, 1: 5}}}, "must be 0 to 4 with box_head"),
     ({"train": {"freeze_schedule": {0: 2}}, "backbone": {**BACKBONE, "freeze_at": 2}}, "say the same thing"),
     ({"train": {"layer_decay": 0}}, "layer_decay must be above 0"),
     ({"train": {"precision": "bf16"}}, "precision must be 32-true, bf16-mixed or 16-mixed, got 'bf16'"),
@@ -67,6 +72,19 @@ def test_what_the_recipe_says_comes_first() -> None:
     backbone = {**BACKBONE, "out_features": ["c4", "c5"], "output_stride": 16}
     config = DetectorConfig.model_validate({"detector": "retinanet", "backbone": backbone})
     assert (config.backbone.out_features, config.backbone.output_stride) == (("c4", "c5"), 16)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_comes_back_from_what_it_is_written_as(path: Path) -> None:
+    config = load_detector_config(path)
+    assert DetectorConfig.model_validate(config.model_dump()) == config
+
+
+def test_an_r_cnn_refuses_levels_with_a_gap() -> None:
+    backbone = {**BACKBONE, "norm": "bn", "out_features": ["c2", "c4", "c5"]}
+    config = DetectorConfig.model_validate({"detector": "faster_rcnn", "backbone": backbone})
+    with torch.device("meta"), pytest.raises(ValueError, match="strides double, got strides 4, 16, 32"):
+        build_detector(config)
 
 
 @pytest.mark.parametrize(("settings", "rule"), INVALID)

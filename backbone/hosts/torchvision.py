@@ -1,12 +1,13 @@
 """torchvision's detectors and segmenters on any backbone. Their code is torchvision's; what differs is passed in.
 
 from backbone.hosts.torchvision import as_torchvision, build_detector
-detector = build_detector(load_detector_config("configs/faster_rcnn_resnet50.yaml"))
+detector = build_detector(load_detector_config("configs/detectors/faster_rcnn_resnet50.yaml"))
 losses = detector(images, targets)  # or your own: FasterRCNN(as_torchvision(pyramid), num_classes=91)
 """
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Final
 
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from backbone.norm import FrozenBatchNorm2d
 from backbone.pyramid import FeaturePyramid
 from backbone.recipe import DENSE_DETECTORS, SEGMENTERS, DetectorConfig, ExtraLevels
 from backbone.resnet import ResNet
-from backbone.stages import STAGE_NAMES
 
 ASPECT_RATIOS: Final = (0.5, 1.0, 2.0)
 
@@ -158,8 +158,6 @@ def _build_r_cnn(config: DetectorConfig, model: Backbone) -> FasterRCNN:
 
 def _build_faster_rcnn_on_c4(config: DetectorConfig) -> FasterRCNN:
     """The C4 model (arXiv:1512.03385, appendix A): proposals on C4, and C5 runs on every proposal's features."""
-    if config.backbone.freeze_at == len(STAGE_NAMES):
-        raise ValueError("freeze_at must be 0 to 4 with box_head: c5, which trains C5 as a part of the head, got 5")
     body = build_backbone(config.backbone.model_copy(update={"out_features": ("c4", "c5")}))
     if not isinstance(body, ResNet):
         raise ValueError(
@@ -232,8 +230,19 @@ def _level(name: str) -> int:
 
 
 def _pooled_maps(backbone: TorchvisionBackbone) -> list[str]:
-    """Names of the maps that boxes are pooled from: the backbone's own levels, of equal strides the last one."""
+    """Names of the maps that boxes are pooled from: the backbone's own levels, of equal strides the last one.
+
+    Raises:
+        ValueError: If a stride is not twice the one before: torchvision sends boxes to the levels by counting octaves,
+            and those beyond the last one it counts are pooled from nothing.
+    """
     by_stride = {backbone.feature_specs[name].stride: name for name in backbone.feature_specs if name.isdigit()}
+    strides = list(by_stride)
+    if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+        raise ValueError(
+            f"an R-CNN pools boxes from levels whose strides double, got strides {', '.join(map(str, strides))}; name "
+            f"out_features without a gap"
+        )
     return list(by_stride.values())
 
 

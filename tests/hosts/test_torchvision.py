@@ -324,7 +324,7 @@ def test_image_statistics_of_the_recipe_come_first() -> None:
 
 
 def test_c5_head_needs_c5_to_train() -> None:
-    with pytest.raises(ValueError, match="freeze_at must be 0 to 4"):
+    with pytest.raises(ValueError, match="must be 0 to 4 with box_head"):
         build("faster_rcnn", pyramid=None, box_head="c5", backbone={"name": "resnet18", "freeze_at": 5})
 
 
