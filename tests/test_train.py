@@ -291,6 +291,18 @@ def test_other_heads_train_and_are_measured(detector: str, data: Path, tmp_path:
     assert MEASURED[detector] <= json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"].keys()
 
 
+def test_the_last_epoch_is_measured_whatever_validate_every_says(finished: Path) -> None:
+    assert "AP50" in json.loads((finished / "metrics.json").read_text())["epochs"][-1]
+
+
+def test_a_schedule_that_freezes_random_weights_is_warned_of() -> None:
+    from train import warn_if_frozen_at_random
+
+    config = DetectorConfig.model_validate(recipe("retinanet", norm="bn", train={"freeze_schedule": {0: 2}}))
+    with pytest.warns(UserWarning, match="first 2 stages are frozen at random weights"):
+        warn_if_frozen_at_random(config)
+
+
 def test_frozen_stages_keep_their_bytes(data: Path, tmp_path: Path) -> None:
     settings = recipe("retinanet", norm="bn", train={"epochs": 1})
     settings["backbone"]["freeze_at"] = 3

@@ -1,6 +1,6 @@
 """Measure a trained detector or segmenter: COCO AP of boxes, masks and keypoints, or mIoU; in all and by class.
 
-python tools/evaluate.py --config configs/shapes_faster_rcnn.yaml --weights out/run/model.pth --data out/shapes
+python tools/evaluate.py --config configs/detectors/shapes_retinanet.yaml --weights out/run/model.pth --data out/shapes
 """
 
 import warnings

@@ -1,7 +1,7 @@
 """Train a detector or segmenter of torchvision on any backbone, from one recipe and COCO-format data.
 
-    python tools/train.py --config configs/shapes_faster_rcnn.yaml --data out/shapes --out out/run
-    python tools/train.py --config configs/shapes_faster_rcnn.yaml --data out/shapes --out out/run --resume
+    python tools/train.py --config configs/detectors/shapes_faster_rcnn.yaml --data out/shapes --out out/run
+    python tools/train.py --config configs/detectors/shapes_faster_rcnn.yaml --data out/shapes --out out/run --resume
     python tools/train.py --config RECIPE.yaml --data DIR --out DIR --device cuda --devices 8 --num-nodes 2
 
 --data holds train/, val/ and annotations/train.json and val.json. Into --out go last.ckpt after each epoch, and at the
@@ -82,6 +82,17 @@ def require_same_categories(splits: Mapping[str, Annotations]) -> None:
         raise ValueError(f"train and val must have the same categories, got {first} and {second}")
 
 
+def warn_if_frozen_at_random(config: DetectorConfig) -> None:
+    """Warn of what ``build_backbone`` cannot see: a schedule that freezes before anything was learned."""
+    frozen = (config.train.freeze_schedule or {0: 0})[0]
+    if frozen and config.backbone.weights is None:
+        warnings.warn(
+            f"{config.backbone.name}: the first {frozen} stages are frozen at random weights from epoch 0 on; set "
+            f"weights, or use a freeze_schedule that begins with {{0: 0}}",
+            stacklevel=2,
+        )
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -114,9 +125,12 @@ def main(
         if trainer.is_global_zero:  # nothing is written before all that can be checked has been
             console.print("\n".join(each.summary() for each in splits.values()))
             run.begin(config, console)
+        if not run.checkpoint:
+            warn_if_frozen_at_random(recipe)
     with readable_errors(FloatingPointError):
         trainer.fit(module, loaders["train"], loaders["val"], ckpt_path=run.checkpoint)
     trainer.validate(module, loaders["val"], verbose=False)
+    history.epochs[-1] |= module.metrics  # whatever validate_every says
     if trainer.is_global_zero:
         print_metrics(module.metrics, console)
         for path in save_results(module, history, images["val"], class_names, out):

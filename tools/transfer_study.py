@@ -39,7 +39,7 @@ def fine_tuned(recipe: DetectorConfig, freeze_at: int | None, weights: Path, epo
     settings = recipe.model_dump(mode="json", exclude_unset=True)
     backbone = {"freeze_at": freeze_at, "weights": str(weights)} if freeze_at is not None else {}
     settings["backbone"] |= {"norm": "bn", **backbone}
-    settings["train"] |= {"epochs": epochs, "learning_rate_decay": "none", "warmup_steps": 10}
+    settings["train"] |= {"epochs": epochs, "learning_rate_decay": "none", "warmup_steps": 10, "validate_every": 1}
     return settings
 
 
