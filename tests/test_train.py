@@ -18,9 +18,12 @@ from torch import Tensor
 from training import IGNORED_WARNINGS, TOOLS, data, recipe, train
 
 sys.path.append(str(TOOLS))
+from callbacks import save_atomically
+from detection_module import backbone_state
 from parameter_groups import backbone_of
 
 import backbone.hosts.torchvision as host
+from backbone import BackboneConfig, build_backbone
 from backbone.recipe import DetectorConfig
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in IGNORED_WARNINGS]
@@ -49,8 +52,7 @@ save, written = torch.save, []
 def save_half(content, file):
     written.append(file)
     if len(written) == 2:
-        file.write(b"PK half of it")
-        file.flush()
+        file.write_bytes(b"PK half of it")
         die()
     save(content, file)
 torch.save = save_half
@@ -289,6 +291,28 @@ def test_other_heads_train_and_are_measured(detector: str, data: Path, tmp_path:
     result = train(settings, data, tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert MEASURED[detector] <= json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"].keys()
+
+
+def test_the_backbones_file_says_which_pixels_it_learned_from(tmp_path: Path) -> None:
+    detector, config = c4_detector(image_mean=[0.4, 0.5, 0.6])
+    save_atomically(backbone_state(detector, config), tmp_path / "backbone.pth")
+    loaded = build_backbone(config.backbone.model_copy(update={"weights": str(tmp_path / "backbone.pth")}))
+    assert (loaded.preprocessing.mean, loaded.preprocessing.channel_order) == ((0.4, 0.5, 0.6), "rgb")
+
+
+def test_the_backbones_file_has_the_c5_that_was_the_head(tmp_path: Path) -> None:
+    detector, config = c4_detector()
+    save_atomically(backbone_state(detector, config), tmp_path / "backbone.pth")
+    backbone = {"name": "resnet18", "norm": "bn", "weights": str(tmp_path / "backbone.pth")}
+    loaded = build_backbone(BackboneConfig.model_validate(backbone)).state_dict()
+    head = detector.roi_heads.box_head[0].state_dict()
+    assert all(torch.equal(loaded[f"layer4.{name}"], value) for name, value in head.items())
+
+
+def c4_detector(**settings: Any) -> tuple[Any, DetectorConfig]:
+    made = {**recipe("faster_rcnn", norm="bn"), "pyramid": None, "box_head": "c5", **settings}
+    config = DetectorConfig.model_validate(made)
+    return host.build_detector(config), config
 
 
 def test_the_last_epoch_is_measured_whatever_validate_every_says(finished: Path) -> None:

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from backbone import FreezeSchedule, freeze_report
+from backbone.weights.writing import write_atomically
 
 
 class FreezeByEpoch(Callback):
@@ -110,12 +110,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def save_atomically(content: dict[str, Any], path: Path) -> None:
     """Write with torch.save, so that ``path`` is at any time absent, the old file, or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_atomically(path, lambda draft: torch.save(content, draft))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

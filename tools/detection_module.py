@@ -1,6 +1,7 @@
 """What Lightning trains: a detector with its optimizer, losses and metrics."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision.transforms import v2
 
+from backbone.features import Preprocessing
 from backbone.hosts.torchvision import build_detector, unit_statistics
 from backbone.recipe import SEGMENTERS, DetectorConfig
+from backbone.weights.metadata import HEADER_KEY, Metadata
 
 AUX_WEIGHT = 0.4
 """Of the auxiliary classifier's loss (arXiv:1612.01105, section 5.1). torchvision's references take 0.5."""
@@ -184,6 +187,32 @@ def load_detector_state(detector: nn.Module, path: Path) -> None:
         raise ValueError(
             f"{path}: does not fit the recipe's detector; use the recipe.yaml beside it. ({error})"
         ) from None
+
+
+def backbone_state(detector: nn.Module, config: DetectorConfig) -> dict[str, Tensor]:
+    """Return the backbone's state, which `weights:` takes, with what it was trained on: pixels, strides, eps.
+
+    C5 is part of it also where it runs as the box head.
+    """
+    body = backbone_of(detector).body
+    state = OrderedDict(portable_state(body))
+    if config.box_head == "c5":
+        state |= {f"layer4.{name}": value for name, value in portable_state(detector.roi_heads.box_head[0]).items()}  # type: ignore[union-attr,index,arg-type]
+    pixels = body.preprocessing
+    if config.image_mean or config.image_std:
+        mean, std = unit_statistics(pixels, config.backbone.in_channels)
+        pixels = Preprocessing(config.image_mean or mean, config.image_std or std, pixels.channel_order, (0.0, 1.0))
+    eps = {module.eps for module in body.modules() if hasattr(module, "running_var")}
+    facts = Metadata(
+        "the run of tools/train.py that wrote it",
+        known=True,
+        preprocessing=pixels,
+        stride_in_1x1=config.backbone.stride_in_1x1,
+        eps=eps.pop() if len(eps) == 1 else None,  # type: ignore[arg-type]
+        dilate_first_block=config.backbone.dilate_first_block if config.backbone.output_stride < 32 else None,
+    )
+    state._metadata = OrderedDict({HEADER_KEY: facts.to_json()})  # type: ignore[attr-defined] # where `convert` has it
+    return state
 
 
 def portable_state(module: nn.Module) -> dict[str, Tensor]:

@@ -20,11 +20,10 @@ import typer
 from callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
 from coco_annotations import Annotations, read_annotations
 from coco_data import CocoImages, make_loader
-from detection_module import DetectionModule, portable_state
+from detection_module import DetectionModule, backbone_state, portable_state
 from launch import Device, common_settings, console, readable_errors, require_possible
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from parameter_groups import backbone_of
 from pictures import save_curves
 from reports import main_metrics, print_metrics, save_metrics, save_sheet
 from run_folder import CHECKPOINT, RunFolder
@@ -64,7 +63,7 @@ def save_results(
     names = ("model.pth", "backbone.pth", "metrics.json", "curves.png", "sheet.png")
     model, backbone, metrics, curves, sheet = paths = [out / name for name in names]
     save_atomically(portable_state(module.detector), model)
-    save_atomically(portable_state(backbone_of(module.detector).body), backbone)
+    save_atomically(backbone_state(module.detector, module.config), backbone)
     save_metrics({"metrics": module.metrics, "epochs": history.epochs}, metrics)
     save_curves(history.epochs, main_metrics(module.metrics), curves)
     save_sheet(module, images, class_names, sheet)
