@@ -109,6 +109,8 @@ BAD_BOXES = {
     "no area": ([5, 5, 0, 10], r"bbox \[5, 5, 0, 10\] has no area"),
     "negative": ([5, 5, -3, 10], "has no area"),
     "not finite": ([5, float("nan"), 5, 10], "is not finite"),
+    "no extent in 32 bits": ([63.9, 5, 1e-7, 10], "has no extent in it"),
+    "no extent in the image": ([-10, 5, 10, 10], "lies outside of its image"),
     "outside": ([64, 5, 5, 10], "lies outside of its image of 64 x 64"),
     "three numbers": ([5, 5, 5], r"bbox must be \[x, y, width, height\]"),
     "none": (None, "bbox must be"),
@@ -270,3 +272,19 @@ def test_evaluation_sees_every_image_once_on_any_number_of_ranks(data: Path) -> 
 def test_fewer_images_than_a_step_takes_are_refused(data: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be at most 1, for 8 training images on 5 processes; got 2"):
         make_loader(dataset(data), world_size=5)
+
+
+def test_fewer_images_to_evaluate_than_processes_are_refused(data: Path) -> None:
+    with pytest.raises(ValueError, match="every process must have an image to evaluate, got 8 images for 9 processes"):
+        make_loader(dataset(data, train=False), world_size=9)
+
+
+def test_keypoints_without_sides_are_told_of(data: Path, tmp_path: Path) -> None:
+    def edit(content: Content) -> None:
+        for category in content["categories"]:
+            category.pop("keypoints", None)
+
+    config = config_of("keypoint_rcnn", num_keypoints=4)
+    found = read_annotations(edited(data, tmp_path, edit), "train", config)
+    assert "names no left and right keypoints; a mirrored image keeps their order" in found.summary()
+    assert "keypoints" not in read_annotations(data, "train", config).summary()

@@ -59,6 +59,19 @@ def test_weights_that_cannot_be_loaded_are_named(case: str, data: Path, tmp_path
     assert message in result.stderr
 
 
+# torchvision's data set leaves the file of a picture that it cannot decode to the garbage collector
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_cut_short_ends_in_one_line(num_workers: int, data: Path, run: Path, tmp_path: Path) -> None:
+    file = copy_of(data, tmp_path / "copy") / "val" / "000001.png"
+    file.write_bytes(file.read_bytes()[:2000])
+    settings = recipe("mask_rcnn", train={"num_workers": num_workers})
+    result = invoke(evaluate, settings, tmp_path / "copy", tmp_path / "out", "--weights", str(run / "model.pth"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: 000001.png cannot be read")
+    assert "Traceback" not in result.stderr
+
+
 def annotations_of(data: Path) -> Annotations:
     return read_annotations(data, "train", DetectorConfig.model_validate(recipe("mask_rcnn")))
 

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from PIL import Image
 
 from backbone.recipe import SEGMENTERS, DetectorConfig
@@ -26,6 +27,7 @@ class Annotations:
         content: The file's content without what was skipped; area and iscrowd are always there.
         skipped: One line for each image and annotation left out: which, and why.
         num_annotations: Annotations in the file, those of skipped images included.
+        notes: What else there is to know before training.
         labels: The detector's class for each category id, in the ids' order; 0 is the background.
     """
 
@@ -33,6 +35,7 @@ class Annotations:
     file: Path
     content: dict[str, Any]
     skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     num_annotations: int = 0
     labels: dict[int, int] = field(default_factory=dict)
 
@@ -53,7 +56,7 @@ class Annotations:
         lines = [f"{self.file}: {images} images, {annotations} annotations, {len(self.skipped)} skipped"]
         lines += [f"  skipped {line}" for line in self.skipped[:_SHOWN]]
         hidden = len(self.skipped) - _SHOWN
-        return "\n".join([*lines, *([f"  ... and {hidden} more"] if hidden > 0 else [])])
+        return "\n".join([*lines, *([f"  ... and {hidden} more"] if hidden > 0 else []), *self.notes])
 
 
 def read_annotations(data: Path, split: str, config: DetectorConfig) -> Annotations:
@@ -168,15 +171,23 @@ def _problems(annotation: Mapping[str, Any], image: Mapping[str, Any], config: D
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
         yield f"bbox must be [x, y, width, height], got {box}"
         return
-    left, top, width, height = box
+    width, height = box[2:]
     if not all(map(math.isfinite, box)):
         yield f"bbox {box} is not finite"
     elif width <= 0 or height <= 0:
         yield f"bbox {box} has no area"
-    elif not (left < image["width"] and top < image["height"] and left + width > 0 and top + height > 0):
-        yield f"bbox {box} lies outside of its image of {image['width']} x {image['height']}"
+    elif not _has_extent(box, (image["width"], image["height"])):
+        yield f"bbox {box} lies outside of its image of {image['width']} x {image['height']}, or has no extent in it"
     if config.detector in NEEDS_MASKS and not _is_mask(annotation.get("segmentation")):
         yield "it has no mask (segmentation)"
+
+
+def _has_extent(box: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether something is left of a box that is cut to its image, in the detectors' arithmetic of 32 bits."""
+    with np.errstate(over="ignore"):
+        near = np.array(box[:2], np.float32)
+        far = near + np.array(box[2:], np.float32)
+    return bool((np.clip(far, 0, size) > np.clip(near, 0, size)).all())
 
 
 def _is_mask(segmentation: object) -> bool:
@@ -202,6 +213,8 @@ def _check_for_head(found: Annotations, config: DetectorConfig) -> None:
             f"num_keypoints must be the number of keypoints (x, y, visibility) of every annotation in {found.file}, "
             f"{' or '.join(f'{count / 3:g}' for count in sorted(counts))}; got {config.num_keypoints}"
         )
+    if not any(side in name for name in found.keypoint_names for side in ("left", "right")):
+        found.notes.append(f"  {found.file} names no left and right keypoints; a mirrored image keeps their order")
     for annotation in annotations:
         annotation["keypoints"] = annotation.get("keypoints") or [0] * 3 * config.num_keypoints
         annotation["num_keypoints"] = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])

@@ -28,6 +28,10 @@ IGNORED = 255
 """Class of the pixels that pad a segmenter's target."""
 
 
+class UnreadableImageError(ValueError):
+    """An image whose header was whole and whose body is not."""
+
+
 class CocoImages(Dataset[tuple[Tensor, Target]]):
     """Images (3, H, W) of 0 to 1 with their targets.
 
@@ -59,8 +63,8 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         file_name = self.coco.imgs[self.ids[index]]["file_name"]
         try:
             image, target = self.images[index]
-        except OSError as error:
-            raise ValueError(
+        except (OSError, SyntaxError) as error:  # Pillow raises the latter for some damaged PNG files
+            raise UnreadableImageError(
                 f"{file_name} cannot be read ({error}); mend it or remove it from the annotations"
             ) from None
         image, target = v2.functional.to_image(image), self._complete(target, v2.functional.get_size(image))
@@ -178,13 +182,19 @@ def make_loader(dataset: CocoImages, *, rank: int = 0, world_size: int = 1) -> D
     """Return batches for one rank: shuffled and whole ones for training, one image each for evaluation.
 
     Raises:
-        ValueError: If there are fewer training images than one step of all processes takes.
+        ValueError: If there are fewer training images than one step of all processes takes, or fewer images to
+            evaluate than processes.
     """
     train = dataset.config.train
     if dataset.train and len(dataset) < train.batch_size * world_size:
         raise ValueError(
             f"batch_size must be at most {len(dataset) // world_size}, for {len(dataset)} training images on "
             f"{world_size} processes; got {train.batch_size}"
+        )
+    if len(dataset) < world_size:
+        raise ValueError(
+            f"every process must have an image to evaluate, got {len(dataset)} images for {world_size} processes; "
+            f"take fewer devices or nodes, or more images"
         )
     return DataLoader(
         dataset,

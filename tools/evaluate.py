@@ -10,7 +10,7 @@ from typing import Annotated
 import lightning as L
 import typer
 from coco_annotations import read_annotations
-from coco_data import CocoImages, make_loader
+from coco_data import CocoImages, UnreadableImageError, make_loader
 from detection_module import DetectionModule, load_detector_state
 from launch import Device, common_settings, console, readable_errors, require_possible
 from reports import print_metrics, save_metrics, save_sheet
@@ -41,7 +41,8 @@ def main(
         module = DetectionModule(recipe, images, annotations.class_names)
         load_detector_state(module.detector, weights)
     trainer = L.Trainer(**common_settings(recipe, device), devices=1, logger=False, enable_checkpointing=False)
-    trainer.validate(module, make_loader(images), verbose=False)
+    with readable_errors(UnreadableImageError):
+        trainer.validate(module, make_loader(images), verbose=False)
     print_metrics(module.metrics, console)
     if json_file:
         save_metrics(module.metrics, json_file)

@@ -35,8 +35,11 @@ def readable_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
+        message = str(error)
+        if message.startswith("Caught "):  # a DataLoader's process sends a traceback, whose last line is the message
+            message = message.strip().splitlines()[-1].partition(": ")[2]
         # letter by letter: a file name may look like rich's markup
-        errors.print(Text.assemble(("error", "red"), ": ", str(error)), soft_wrap=True)
+        errors.print(Text.assemble(("error", "red"), ": ", message), soft_wrap=True)
         raise typer.Exit(EXIT_USAGE) from None
 
 

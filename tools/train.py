@@ -19,7 +19,7 @@ import lightning as L
 import typer
 from callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
 from coco_annotations import Annotations, read_annotations
-from coco_data import CocoImages, make_loader
+from coco_data import CocoImages, UnreadableImageError, make_loader
 from detection_module import DetectionModule, backbone_state, portable_state
 from launch import Device, common_settings, console, readable_errors, require_possible
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
@@ -126,9 +126,9 @@ def main(
             run.begin(config, console)
         if not run.checkpoint:
             warn_if_frozen_at_random(recipe)
-    with readable_errors(FloatingPointError):
+    with readable_errors(FloatingPointError, UnreadableImageError):
         trainer.fit(module, loaders["train"], loaders["val"], ckpt_path=run.checkpoint)
-    trainer.validate(module, loaders["val"], verbose=False)
+        trainer.validate(module, loaders["val"], verbose=False)
     history.epochs[-1] |= module.metrics  # whatever validate_every says
     if trainer.is_global_zero:
         print_metrics(module.metrics, console)
