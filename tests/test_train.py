@@ -315,6 +315,14 @@ def c4_detector(**settings: Any) -> tuple[Any, DetectorConfig]:
     return host.build_detector(config), config
 
 
+def test_the_transfer_study_measures_every_epoch() -> None:
+    from transfer_study import fine_tuned
+
+    config = DetectorConfig.model_validate(recipe())
+    assert config.train.validate_every == 9
+    assert fine_tuned(config, 2, Path("backbone.pth"), 20)["train"]["validate_every"] == 1
+
+
 def test_the_last_epoch_is_measured_whatever_validate_every_says(finished: Path) -> None:
     assert "AP50" in json.loads((finished / "metrics.json").read_text())["epochs"][-1]
 
