@@ -134,3 +134,16 @@ class Backbone(nn.Module):
     def size_divisibility(self) -> int:
         """Image sizes, in pixels, that are multiples of this lose nothing to rounding. Any size works."""
         return max(spec.stride for spec in self.feature_specs.values())
+
+
+def require_images(images: Tensor, in_channels: int) -> None:
+    """Refuse what is no batch of images.
+
+    Raises:
+        ValueError: If ``images`` is not a floating-point tensor (N, in_channels, H, W).
+    """
+    if images.ndim != 4 or images.shape[1] != in_channels or not images.is_floating_point():  # noqa: PLR2004
+        raise ValueError(
+            f"images must be a floating-point tensor (N, {in_channels}, H, W), got {images.dtype} "
+            f"{tuple(images.shape)}; add the batch dimension, scale and normalise, or set in_channels"
+        )

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbone.blocks import BasicBlock, Bottleneck, Conv3x3
 from backbone.config import BackboneConfig, NormName
-from backbone.features import Backbone, Features, FeatureSpec
+from backbone.features import Backbone, Features, FeatureSpec, require_images
 from backbone.fused import conv_norm_act, is_watched
 from backbone.norm import NormLayer, norm_layer
 from backbone.registry import register_backbone
@@ -164,11 +164,7 @@ class ResNet(Backbone):
 
         Channels are those of the bottleneck networks; resnet18 and resnet34 have a quarter.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_channels or not images.is_floating_point():  # noqa: PLR2004
-            raise ValueError(
-                f"images must be a floating-point tensor (N, {self.in_channels}, H, W), got {images.dtype} "
-                f"{tuple(images.shape)}; add the batch dimension, scale and normalise, or set in_channels"
-            )
+        require_images(images, self.in_channels)
         x = self.maxpool(conv_norm_act(images, self.conv1, self.bn1))
         features: Features = {}
         for name, paths in self.stage_modules.items():

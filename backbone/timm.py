@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backbone import timm_plan
 from backbone.config import BackboneConfig, NormName, did_you_mean
-from backbone.features import Backbone, Features, Preprocessing
+from backbone.features import Backbone, Features, Preprocessing, require_images
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, norm_layer, register_frozen_form
 from backbone.registry import BackboneConstructor, UnknownBackboneError
 from backbone.simple_pyramid import SimplePyramid
@@ -222,11 +222,7 @@ class TimmBackbone(Backbone):
         return own | {f"network.{key}": value for key, value in state.items()}
 
     def _require_images(self, images: Tensor) -> tuple[int, int]:
-        if images.ndim != 4 or images.shape[1] != self.in_channels or not images.is_floating_point():  # noqa: PLR2004
-            raise ValueError(
-                f"images must be a floating-point tensor (N, {self.in_channels}, H, W), got {images.dtype} "
-                f"{tuple(images.shape)}; add the batch dimension, scale and normalise, or set in_channels"
-            )
+        require_images(images, self.in_channels)
         height, width = images.shape[-2:]
         if self.only_size not in (None, (height, width)):
             raise ValueError(
