@@ -102,7 +102,8 @@ class DetectorConfig(StrictModel):
     ] = Field(description="torchvision's detector or segmenter.")
     backbone: BackboneConfig = Field(
         description="The backbone. Unless out_features says otherwise it gives what the detector is used to: C2-C5 "
-        "to an R-CNN, C3-C5 to RetinaNet and FCOS, C4 and C5 to a segmenter; a segmenter's output_stride is 8."
+        "to an R-CNN, C3-C5 to RetinaNet and FCOS, C5 to a segmenter (with aux_classifier C4, too), whose "
+        "output_stride is 8. With pyramid: null it is C5, or C4 with box_head: c5."
     )
     pyramid: PyramidConfig | None = Field(
         default=PyramidConfig(), description="Feature pyramid; null gives the head one map (C4 or dilated C5)."

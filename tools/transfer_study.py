@@ -88,7 +88,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 20,
     target: Annotated[float, typer.Option(min=0, max=1, help="AP50 whose time is told.")] = 0.5,
 ) -> None:
-    """Run the study; about half an hour on two cores."""
+    """Run the study."""
     recipe = load_detector_config(config)
     known, new = out / "known", out / "new"
     if not known.exists():
