@@ -48,16 +48,22 @@ class History(Callback):
     """Losses and metrics of each epoch, kept in the checkpoint so that a resumed run has them all.
 
     Attributes:
-        epochs: A row for each finished epoch: ``epoch``, ``seconds``, ``loss``, ..., and where it was measured ``AP``.
+        epochs: A row for each finished epoch: ``epoch``, ``seconds``, of them ``training_seconds``, ``loss``, ..., and
+            where it was measured ``AP``.
     """
 
     def __init__(self, console: Console, *, main_metric: str) -> None:
         self.epochs: list[dict[str, float]] = []
-        self.console, self.main_metric, self._start = console, main_metric, 0.0
+        self.console, self.main_metric = console, main_metric
+        self._start = self._trained = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
+        """Note the time: a validation may follow."""
+        self._trained = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the epoch, and print it in one line."""
@@ -65,6 +71,7 @@ class History(Callback):
         row = {name.removeprefix("epoch/"): value for name, value in logged.items() if name.startswith("epoch/")}
         metrics = {name.removeprefix("val/"): value for name, value in logged.items() if name.startswith("val/")}
         row |= {"epoch": trainer.current_epoch, "seconds": time.perf_counter() - self._start}
+        row["training_seconds"] = self._trained - self._start
         assert trainer.check_val_every_n_epoch is not None
         measured = (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0
         self.epochs.append(row | (metrics if measured else {}))

@@ -1,10 +1,11 @@
-"""What freezing is worth: pre-train on some shapes, fine-tune on a few images of others, four ways.
+"""What freezing is worth: a backbone pre-trained on some shapes learns others from few images, four ways.
 
-    python tools/transfer_study.py --out out/transfer
+    make train-demo
+    python tools/transfer_study.py --weights out/train-demo/backbone.pth --out out/transfer
 
-Pre-trains the recipe's detector on one set of shapes, then trains it on a few images of shapes it has never seen: from
-scratch, and from the pre-trained backbone with freeze_at 0, 2 and 4. Prints after how many steps and seconds of
-training each run passed an AP50, and draws the four curves into OUT/transfer.png. Every run is one of tools/train.py.
+Trains the recipe's detector on a few images of shapes that the weights have never seen: from scratch, and from the
+pre-trained backbone with freeze_at 0, 2 and 4. Prints after how many steps and seconds of training each run passed an
+AP50, and draws the four curves into OUT/transfer.png. Every run is one of tools/train.py.
 """
 
 import json
@@ -23,11 +24,9 @@ from rich.table import Table
 
 from backbone.recipe import DetectorConfig, load_detector_config
 
-KNOWN_SHAPES: Final = ("circle", "square", "triangle", "star")
 NEW_SHAPES: Final = ("pentagon", "cross", "ring", "heart")
-NUM_KNOWN_IMAGES: Final = 400
-NUM_NEW_IMAGES: Final = 60
-NUM_VAL_IMAGES: Final = 60
+NUM_TRAIN_IMAGES: Final = 100
+NUM_VAL_IMAGES: Final = 100
 RUNS: Final[dict[str, int | None]] = {"from scratch": None, "freeze_at 0": 0, "freeze_at 2": 2, "freeze_at 4": 4}
 TRAIN: Final = Path(__file__).with_name("train.py")
 
@@ -35,7 +34,7 @@ console = Console(highlight=False)
 
 
 def fine_tuned(recipe: DetectorConfig, freeze_at: int | None, weights: Path, epochs: int) -> dict[str, Any]:
-    """Return the recipe of one run; ``freeze_at`` None starts from scratch, with the same batch norms and schedule."""
+    """Return the recipe of one run; ``freeze_at`` None starts from scratch, all else being equal."""
     settings = recipe.model_dump(mode="json", exclude_unset=True)
     backbone = {"freeze_at": freeze_at, "weights": str(weights)} if freeze_at is not None else {}
     settings["backbone"] |= {"norm": "bn", **backbone}
@@ -44,12 +43,12 @@ def fine_tuned(recipe: DetectorConfig, freeze_at: int | None, weights: Path, epo
 
 
 def run(settings: dict[str, Any], data: Path, out: Path) -> list[dict[str, float]]:
-    """Train in a process of its own and return its epochs, each with steps and seconds since the start."""
+    """Train in a process of its own and return its epochs, each with the seconds it had trained by then."""
     recipe = out.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     subprocess.run([sys.executable, TRAIN, "--config", recipe, "--data", data, "--out", out], check=True)
     epochs: list[dict[str, float]] = json.loads((out / "metrics.json").read_text())["epochs"]
-    for row, seconds in zip(epochs, accumulate(row["seconds"] for row in epochs), strict=True):
+    for row, seconds in zip(epochs, accumulate(row["training_seconds"] for row in epochs), strict=True):
         row["seconds"] = seconds
     return epochs
 
@@ -70,9 +69,7 @@ def draw(curves: dict[str, list[dict[str, float]]], target: float, path: Path) -
             points = [row[unit] for row in measured], [row["AP50"] for row in measured]
             axes.plot(*points, label=name, marker="o", markersize=3, **style)
         axes.axhline(target, color="#cccccc", linewidth=1, zorder=0)
-        axes.set(
-            xlabel="steps" if unit == "step" else "seconds of training and validation", ylim=(0, 1), xlim=(0, None)
-        )
+        axes.set(xlabel="steps" if unit == "step" else "seconds of training", ylim=(0, 1), xlim=(0, None))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="AP50 on new shapes")
@@ -81,25 +78,25 @@ def draw(curves: dict[str, list[dict[str, float]]], target: float, path: Path) -
 
 
 def main(
+    weights: Annotated[Path, typer.Option(help="backbone.pth of a run of the same recipe on other shapes.")],
     out: Annotated[Path, typer.Option(help="Folder for data, runs and picture.")],
     config: Annotated[Path, typer.Option(help="Detector recipe for four classes and the background.")] = Path(
         "configs/detectors/shapes_faster_rcnn.yaml"
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each run.")] = 40,
     target: Annotated[float, typer.Option(min=0, max=1, help="AP50 whose time is told.")] = 0.5,
 ) -> None:
     """Run the study."""
     recipe = load_detector_config(config)
-    known, new = out / "known", out / "new"
-    if not known.exists():
-        make_shapes_dataset(known, shapes=KNOWN_SHAPES, num_train=NUM_KNOWN_IMAGES, num_val=NUM_VAL_IMAGES)
-        make_shapes_dataset(new, shapes=NEW_SHAPES, num_train=NUM_NEW_IMAGES, num_val=NUM_VAL_IMAGES, seed=1)
-    run(recipe.model_dump(mode="json", exclude_unset=True), known, out / "pretraining")
-    weights, curves = out / "pretraining" / "backbone.pth", {}
+    data = out / "new_shapes"
+    if not data.exists():
+        numbers: dict[str, Any] = {"num_train": NUM_TRAIN_IMAGES, "num_val": NUM_VAL_IMAGES, "seed": 1}
+        make_shapes_dataset(data, shapes=NEW_SHAPES, min_scale=0.2, max_objects=4, **numbers)
+    curves = {}
     for name, freeze_at in RUNS.items():
         settings = fine_tuned(recipe, freeze_at, weights, epochs)
-        curves[name] = run(settings, new, out / name.replace(" ", "_"))
-        steps = NUM_NEW_IMAGES // recipe.train.batch_size
+        curves[name] = run(settings, data, out / name.replace(" ", "_"))
+        steps = NUM_TRAIN_IMAGES // recipe.train.batch_size
         for number, row in enumerate(curves[name], start=1):
             row["step"] = number * steps
     draw(curves, target, out / "transfer.png")
