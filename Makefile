@@ -31,7 +31,7 @@ $(VENV)/train.stamp: $(VENV)/core.stamp
 # Draws a data set, trains a small Faster R-CNN from scratch, measures it: minutes on two cores.
 train-demo: $(VENV)/train.stamp
 	$(BIN)/python tools/make_shapes_dataset.py --out out/shapes --overwrite \
-		--images-train 600 --images-val 60 --min-scale 0.2 --max-objects 4
+		--images-train 1500 --images-val 100 --min-scale 0.2 --max-objects 4
 	rm -rf out/train-demo
 	$(BIN)/python tools/train.py --config configs/detectors/shapes_faster_rcnn.yaml --data out/shapes --out out/train-demo
 
