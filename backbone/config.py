@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -23,6 +23,7 @@ from pydantic import (
 from backbone.stages import STAGE_NAMES
 
 NormName = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+GN_GROUPS: Final = 32  # of GroupNorm, arXiv:1803.08494, section 4.1
 FeatureName = Literal["c2", "c3", "c4", "c5"]
 
 

@@ -9,7 +9,7 @@ it never needs a pass over activations. ``conv_norm_act`` picks, per call,
 * otherwise one fused kernel (kernels.py) on folded weights that are kept and never stale (kept.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, TypeAlias, TypeGuard
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from backbone.gradient import FrozenLayer, scaled, with_gradient
 from backbone.kept import unless_changed
 from backbone.kernels import Geometry, conv_bias_act, layout_depends_on, pack
-from backbone.norm import FrozenBatchNorm2d
+from backbone.norm import FrozenBatchNorm2d, is_frozen_form
 from backbone.winograd import WinogradConv, suits
 
 Layer: TypeAlias = tuple[nn.Module, nn.Module]
@@ -42,7 +42,7 @@ def conv_norm_act(
     Args:
         x: Features (N, C_in, H, W).
         conv: The convolution.
-        norm: Its norm, C_out channels.
+        norm: Its norm, C_out channels, which may end in an activation.
         residual: Added before the ReLU, shaped like the result.
         relu: Whether a ReLU ends the operation.
         reuse_residual: Whether nobody needs ``residual`` any more, so that the result may take its memory.
@@ -50,14 +50,16 @@ def conv_norm_act(
     Returns:
         Features (N, C_out, H_out, W_out) in the dtype of the convolution's output.
     """
-    if isinstance(conv, FoldedConv2d) and isinstance(norm, nn.Identity):
-        return conv.fused(x, residual, relu=relu, reuse_residual=reuse_residual)
+    ends_in_relu = _ending(norm) is nn.ReLU
+    if isinstance(conv, FoldedConv2d) and (isinstance(norm, nn.Identity) or (ends_in_relu and residual is None)):
+        return conv.fused(x, residual, relu=relu or ends_in_relu, reuse_residual=reuse_residual)
     layer = (conv, norm)
-    if not _is_fusable(layer, x):
+    if not _is_fusable(layer, x, before_relu=residual is None):
         out: Tensor = norm(conv(x))
         if residual is not None:
             out = out + residual
         return F.relu(out, inplace=not is_watched(norm)) if relu else out
+    relu = relu or ends_in_relu
     x = x.to(_compute_dtype(x))
     residual = residual if residual is None else residual.to(x.dtype)
     if _needs_grad(x, layer[0].weight, residual):
@@ -94,6 +96,22 @@ def residual_block(
         return conv_norm_act(out, conv, norm, x, reuse_residual=reuse_input)
     unseen = not any(is_watched(module) for module in projection.modules())
     return conv_norm_act(out, conv, norm, projection(x), reuse_residual=unseen)
+
+
+def blocks_in_row(blocks: Iterable[nn.Module], fused: tuple[type[nn.Module], ...], x: Tensor) -> Tensor:
+    """Return what ``blocks`` make of ``x`` one after the other.
+
+    Those of the classes ``fused`` are told to reuse their input where it is nothing but the output of another of them:
+    nobody else sees it, unless someone is watching.
+    """
+    previous: nn.Module | None = None
+    for block in blocks:
+        if isinstance(block, fused) and isinstance(previous, fused):
+            x = block(x, reuse_input=not is_watched(previous) and not is_watched(block))
+        else:
+            x = block(x)
+        previous = block
+    return x
 
 
 def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,12 +217,21 @@ def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
-def _is_fusable(layer: Layer, x: Tensor) -> TypeGuard[FrozenLayer]:
-    """Whether nobody would notice that convolution and norm are not called."""
+def _ending(norm: nn.Module) -> type[nn.Module] | None:
+    """What a frozen norm, or what folding left of it, does after scale and shift; None where that is not known."""
+    if type(norm) in (FrozenBatchNorm2d, nn.Identity):
+        return nn.Identity
+    end = norm.remainder() if is_frozen_form(norm) else norm
+    return None if is_watched(end) else type(end)
+
+
+def _is_fusable(layer: Layer, x: Tensor, *, before_relu: bool = False) -> TypeGuard[FrozenLayer]:
+    """Whether nobody would notice that convolution and norm are not called; ``before_relu``: nor a ReLU in the norm."""
     conv, norm = layer
     return (
         type(conv) is nn.Conv2d  # a parametrized convolution is of another class
-        and type(norm) is FrozenBatchNorm2d  # a subclass computes something more
+        and isinstance(norm, FrozenBatchNorm2d)
+        and _ending(norm) in ((nn.Identity, nn.ReLU) if before_relu else (nn.Identity,))
         and not _is_seen_through(x)
         and conv.bias is None
         and conv.padding_mode == "zeros"

@@ -1,17 +1,15 @@
 """Norm layers: FrozenBatchNorm2d, and the swaps between it and BatchNorm2d."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from backbone.config import NormName
+from backbone.config import GN_GROUPS, NormName
 
 NormLayer = Callable[[int], nn.Module]
 TrainableBatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
-
-_GROUPS = 32  # GroupNorm, arXiv:1803.08494, section 4.1
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -65,7 +63,7 @@ class FrozenBatchNorm2d(nn.Module):
         return scale, self.bias.detach().to(dtype) - self.running_mean.to(dtype) * scale
 
     def remainder(self) -> nn.Module:
-        """Return what is left to do once scale and shift are folded into the convolution before."""
+        """Return what this layer does after scale and shift, in its present mode."""
         return nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +103,7 @@ def register_frozen_form(norm: type[nn.Module], form: type[FrozenBatchNorm2d]) -
     """Let ``freeze_norms`` swap layers of class ``norm``, a batch norm that computes something more, for a ``form``.
 
     The form is constructed as FrozenBatchNorm2d is and then given the children of the layer it stands for, such as an
-    activation; its ``forward`` must equal the layer's in evaluation mode.
+    activation; its ``forward`` must equal the layer's in evaluation mode, and scale, shift and its ``remainder()``.
     """
     _frozen_forms[norm] = form
 
@@ -113,6 +111,11 @@ def register_frozen_form(norm: type[nn.Module], form: type[FrozenBatchNorm2d]) -
 def has_frozen_form(norm: nn.Module) -> bool:
     """Whether ``freeze_norms`` can swap layers of this class."""
     return type(norm) in _frozen_forms
+
+
+def is_frozen_form(norm: nn.Module) -> TypeGuard[FrozenBatchNorm2d]:
+    """Whether ``norm`` is a FrozenBatchNorm2d, or another form whose ``remainder()`` tells what it does besides."""
+    return type(norm) in _frozen_forms.values()
 
 
 def norm_layer(name: NormName | NormLayer) -> NormLayer:
@@ -126,7 +129,7 @@ def norm_layer(name: NormName | NormLayer) -> NormLayer:
         "frozen_bn": FrozenBatchNorm2d,
         "bn": nn.BatchNorm2d,
         "sync_bn": nn.SyncBatchNorm,
-        "gn": lambda channels: nn.GroupNorm(_GROUPS, channels),
+        "gn": lambda channels: nn.GroupNorm(GN_GROUPS, channels),
     }
     return layers[name]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from backbone.config import BackboneConfig, StrictModel, read_yaml, rule
+from backbone.config import GN_GROUPS, BackboneConfig, StrictModel, read_yaml, rule
 from backbone.stages import STAGE_NAMES
 
 DetectorName = Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "deeplabv3", "fcn"]
@@ -125,8 +125,13 @@ class DetectorConfig(StrictModel):
     )
     smallest_anchor: PositiveInt = Field(
         default=32,
-        description="Side in pixels of the resized image of the anchors on the finest level (P2, or P3 of RetinaNet); "
-        "it doubles from level to level.",
+        description="Side in pixels of the resized image of the anchors on an R-CNN's finest level, or on P3 of "
+        "RetinaNet; it doubles from level to level.",
+    )
+    head_norm: Annotated[Literal["none", "gn"], rule("must be none or gn")] = Field(
+        default="none",
+        description="Of retinanet: gn puts GroupNorm between its heads' convolutions, as torchvision's v2 has it; "
+        "without, they hardly learn from scratch.",
     )
     aux_classifier: Annotated[bool, rule("must be true or false")] = Field(
         default=False, description="Of a segmenter: a second classifier on C4 that helps in training."
@@ -186,6 +191,11 @@ class DetectorConfig(StrictModel):
                 f"a segmenter classifies c5 (and c4 with aux_classifier), got out_features {', '.join(features)}; "
                 f"remove the key"
             )
+        if self.head_norm == "gn" and self.pyramid is not None and self.pyramid.out_channels % GN_GROUPS:
+            raise ValueError(
+                f"head_norm: gn takes channels in {GN_GROUPS} groups, got pyramid.out_channels "
+                f"{self.pyramid.out_channels}; choose a multiple of {GN_GROUPS}"
+            )
         self._refuse_settings_of_wrong_length()
         self._refuse_impossible_freezing()
         return self
@@ -216,6 +226,7 @@ _ONLY_FOR: Final[Mapping[str, tuple[DetectorName, ...]]] = {
     "num_proposals": R_CNNS,
     "rois_per_image": R_CNNS,
     "smallest_anchor": (*R_CNNS, "retinanet"),
+    "head_norm": ("retinanet",),
     "aux_classifier": SEGMENTERS,
 }
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from backbone.blocks import BasicBlock, Bottleneck, Conv3x3
 from backbone.config import BackboneConfig, NormName
 from backbone.features import Backbone, Features, FeatureSpec, require_images
-from backbone.fused import conv_norm_act, is_watched
+from backbone.fused import blocks_in_row, conv_norm_act
 from backbone.norm import NormLayer, norm_layer
 from backbone.registry import register_backbone
 from backbone.stages import STAGE_NAMES, StagePlan, plan_stages
@@ -71,16 +71,10 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
-        previous: nn.Module | None = None
+        if not self.recompute or not torch.is_grad_enabled():
+            return blocks_in_row(self, (BasicBlock, Bottleneck), x)
         for block in self:
-            if self.recompute and torch.is_grad_enabled():
-                x = _recomputed(block, x)
-            elif isinstance(block, BasicBlock | Bottleneck) and isinstance(previous, BasicBlock | Bottleneck):
-                # what one block hands to the next is seen by nobody else, unless someone is watching
-                x = block(x, reuse_input=not is_watched(previous) and not is_watched(block))
-            else:
-                x = block(x)
-            previous = block
+            x = _recomputed(block, x)
         return x
 
 

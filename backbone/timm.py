@@ -13,7 +13,7 @@ from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from backbone import timm_plan
+from backbone import timm_fused, timm_plan
 from backbone.config import BackboneConfig, NormName, did_you_mean
 from backbone.features import Backbone, Features, Preprocessing, require_images
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, norm_layer, register_frozen_form
@@ -146,6 +146,7 @@ class TimmBackbone(Backbone):
         for module in self.network.modules():
             if type(module) in CONV_NORM_PAIRS:
                 module.conv_norm_pairs = CONV_NORM_PAIRS[type(module)]  # type: ignore[assignment]
+        timm_fused.fuse(self.network)
         self.pyramid: SimplePyramid | None = None
         if plan.is_plain_vit:
             strides = {name: stride for name, stride in timm_plan.STRIDES.items() if name in out_features}
@@ -240,12 +241,17 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
     act: nn.Module
 
     def remainder(self) -> nn.Module:
-        """Return the activation; the drop layer rests in evaluation."""
-        return self.act
+        """Return the activation, after the drop layer where that one works."""
+        return nn.Sequential(self.drop, self.act) if _drops(self.drop) else self.act
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, H, W) -> the same shape."""
         return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+
+
+def _drops(drop: nn.Module) -> bool:
+    """Whether a drop layer works."""
+    return drop.training and not isinstance(drop, nn.Identity)
 
 
 register_frozen_form(BatchNormAct2d, FrozenBatchNormAct2d)

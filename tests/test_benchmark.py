@@ -113,6 +113,19 @@ def test_a_run_prints_a_table_and_writes_json_and_picture(tool: Any, tmp_path: P
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_model_of_timms_is_compared_with_timm(tool: Any, tmp_path: Path) -> None:
+    arguments = ("--name", "timm/regnetx_002", "--peers", "torchvision,timm", "--workload", "train")
+    output = run(tool, *arguments, "--dtype", "float32", "--json", str(tmp_path / "results.json"))
+    assert output.exit_code == 0, output.output
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in record["contenders"]] == ["ours", "timm"]
+    assert record["absent"] == {"torchvision": "has no model of this name"}
+    refused = run(tool, "--name", "timm/regnetx_002", "--workload", "detector")
+    assert refused.exit_code == 2
+    assert "take --workload infer or train" in " ".join(refused.output.replace("│", " ").split())
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_absent_peer_is_named_with_the_reason(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     output = run(tool, "--peers", "openvino").output

@@ -36,7 +36,7 @@ LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.cha
 def unfused() -> Iterator[None]:
     """Let every call take the plain path."""
     original = fused._is_fusable
-    fused._is_fusable = lambda *_: False  # type: ignore[assignment]
+    fused._is_fusable = lambda *_, **__: False  # type: ignore[assignment]
     try:
         yield
     finally:

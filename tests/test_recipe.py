@@ -42,6 +42,11 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"box_head": "c5"}, "box_head: c5 works on C4 alone"),
     ({"detector": "mask_rcnn", "pyramid": None, "box_head": "c5"}, "box_head is for faster_rcnn only"),
     ({"aux_classifier": True}, "aux_classifier is for deeplabv3, fcn only, got detector faster_rcnn"),
+    ({"head_norm": "gn"}, "head_norm is for retinanet only, got detector faster_rcnn"),
+    (
+        {"detector": "retinanet", "head_norm": "gn", "pyramid": {"out_channels": 48}},
+        "in 32 groups, got pyramid.out_channels 48; choose a multiple of 32",
+    ),
     ({"num_keypoints": 5}, "num_keypoints is for keypoint_rcnn only"),
     ({"detector": "fcn", "backbone": {**BACKBONE, "out_features": ["c3"]}}, "a segmenter classifies c5"),
     ({"backbone": {**BACKBONE, "in_channels": 4}, "image_mean": [0.5] * 3}, "one value for each of 4 in_channels"),

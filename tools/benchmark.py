@@ -2,11 +2,12 @@
 
     python tools/benchmark.py --image-size 480 640
     python tools/benchmark.py --workload train --image-size 512 512 --dtype float32 --dtype bfloat16
+    python tools/benchmark.py --name timm/regnetx_032 --peers timm
     python tools/benchmark.py --device cuda --workload infer --workload train --batch 1 --batch 8 --dtype bfloat16
 
-Every contender gets the same weights and images and must agree with torchvision in float32 before it is timed. A round
-times each contender once, in shuffled order, and ratios are taken within rounds, so that a slow moment of the machine
-touches both sides.
+Every contender gets the same weights and images and must agree with torchvision, or with timm about timm's models, in
+float32 before it is timed. A round times each contender once, in shuffled order, and ratios are taken within rounds,
+so that a slow moment of the machine touches both sides.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from benchmark_contenders import PEERS, Contender, builders_of, onnx_of, tensors_of, torchvision_peer
+from benchmark_contenders import PEERS, Contender, builders_of, onnx_of, reference_contender, tensors_of
 from benchmark_measures import Layer, count_layers, measure_machine, memory_of, paired_ratio, synchronize, time_rounds
-from benchmark_networks import Case, DeviceName, DtypeName, NotHere, Workload, images_of, in_float32
+from benchmark_networks import TIMM, Case, DeviceName, DtypeName, NotHere, Workload, images_of, in_float32
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -110,10 +111,10 @@ def disagreement(case: Case, contender: Contender, own: tuple[float, float]) -> 
 
 def run_case(case: Case, peers: Sequence[str], compile_at: Sequence[int], rounds: int) -> dict[str, Any]:
     """Build, compare and time the contenders of one case; return the record that goes into the JSON file."""
-    reference = torchvision_peer(in_float32(case))
+    reference = reference_contender(in_float32(case))
     layers = count_layers(reference)
     expected = Answer.of(in_float32(case), reference)
-    own = Answer.of(case, torchvision_peer(case)).errors(expected) if case.is_half else (0.0, 0.0)
+    own = Answer.of(case, reference_contender(case)).errors(expected) if case.is_half else (0.0, 0.0)
     del reference
     contenders: list[Contender] = []
     missing: dict[str, dict[str, str]] = {"absent": {}, "rejected": {}}
@@ -282,6 +283,8 @@ def main(
         raise typer.BadParameter(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
     if device is DeviceName.CUDA and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here; use --device cpu")
+    if workload and Workload.DETECTOR in workload and any(each.startswith(TIMM) for each in name or []):
+        raise typer.BadParameter("the detector is torchvision's on a ResNet of its own; take --workload infer or train")
     records: list[dict[str, Any]] = []
     dtypes, workloads = dtype or [DtypeName.FLOAT32], workload or [Workload.INFER]
     for settings in itertools.product(workloads, name or ["resnet50"], dtypes, batch or [1]):

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 import torch._inductor.config
 from benchmark_networks import (
+    TIMM,
     Case,
     DeviceName,
     NotHere,
@@ -26,16 +27,14 @@ from benchmark_networks import (
     import_peer,
     in_float32,
     our_network,
-    state_of,
     timm_network,
     to_detectron2,
     torchvision_network,
+    trainable_names,
 )
 from torch import Tensor, nn
 
 from backbone import optimize_for_inference
-
-FROZEN = ("conv1", "bn1", "layer1")  # stem and C2 in torchvision's names
 
 Run: TypeAlias = Callable[[], list[Tensor]]
 
@@ -49,7 +48,7 @@ class Contender:
         forward: Returns the features, or the boxes of a detector; prepares itself at the first call.
         step: What is timed: the same, or forward and backward.
         network: The module at work; None outside torch.
-        parameters: The trainable parameters by torchvision's names.
+        parameters: The trainable parameters by their names in ``state_of``.
         first_call: Seconds of the first step, compilation included.
         error: Largest difference of a feature from torchvision's in float32, in units of its largest value.
         mismatch: What else differs: in training the largest norm of a gradient's difference over the norm of that
@@ -113,10 +112,12 @@ def inference(
 def training(case: Case, name: str, network: nn.Module, call: Callable[..., object]) -> Contender:
     """Make a contender of one training step without the optimizer; stem and C2 are frozen."""
     images = images_of(case)
-    names = {to_detectron2(key): key for key in state_of(case.name)}
-    parameters = {names.get(key, key): parameter for key, parameter in network.named_parameters()}
+    trainable = trainable_names(case.name)
+    names = {} if case.name.startswith(TIMM) else {to_detectron2(key): key for key in trainable}
+    found = {key.removeprefix("network."): parameter for key, parameter in network.named_parameters()}
+    parameters = {names.get(key, key): parameter for key, parameter in found.items()}
     for key, parameter in parameters.items():
-        parameter.requires_grad_(parameter.requires_grad and not key.startswith(FROZEN))
+        parameter.requires_grad_(key in trainable)
 
     def forward() -> list[Tensor]:
         with case.autocast():
@@ -128,8 +129,7 @@ def training(case: Case, name: str, network: nn.Module, call: Callable[..., obje
         torch.stack([feature.float().square().mean() for feature in features]).sum().backward()  # type: ignore[no-untyped-call]
         return features
 
-    trainable = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
-    contender = Contender(name, forward, step, network, trainable)
+    contender = Contender(name, forward, step, network, {key: parameters[key] for key in trainable})
     return contender
 
 
@@ -170,6 +170,11 @@ def torchvision_peer(case: Case) -> Contender:
     """Torchvision as users run it."""
     network = detector(case) if case.workload is Workload.DETECTOR else torchvision_network(case)
     return eager(case, "torchvision", network)
+
+
+def reference_contender(case: Case) -> Contender:
+    """Who is right: torchvision, or timm about its own models."""
+    return PEERS["timm"](case) if case.name.startswith(TIMM) else torchvision_peer(case)
 
 
 def torchvision_float32_peer(case: Case) -> Contender:

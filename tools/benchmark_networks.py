@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from backbone import Backbone, BackboneConfig, build_backbone
 
 FREEZE_AT = 2  # stem and C2, as detectors are trained
+TIMM = "timm/"  # begins the name of a model of timm's, which is compared with timm alone
 
 
 class Workload(StrEnum):
@@ -112,26 +112,48 @@ def images_of(case: Case) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def state_of(name: str) -> dict[str, Tensor]:
-    """Random weights with uneven statistics, under torchvision's names.
+    """Random weights with uneven statistics, under torchvision's names, or timm's where the model is timm's.
 
     The last norm of each block is small, as it is after training, so that 50 blocks do not overflow.
     """
     torch.manual_seed(0)
-    network = torchvision.models.get_model(name, norm_layer=FrozenBatchNorm2d)
-    for norm in network.modules():
-        if isinstance(norm, FrozenBatchNorm2d):
-            norm.weight.uniform_(0.8, 1.2)
-            norm.bias.normal_(0, 0.1)
-            norm.running_mean.normal_(0, 0.1)
-            norm.running_var.uniform_(0.8, 1.2)
-    for block in network.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
-            getattr(block, "bn3", block.bn2).weight.mul_(0.3)
+    network: Any = (
+        timm_features(name)
+        if name.startswith(TIMM)
+        else torchvision.models.get_model(name, norm_layer=FrozenBatchNorm2d)
+    )
+    with torch.no_grad():
+        for module in network.modules():
+            if hasattr(module, "running_var"):
+                module.weight.uniform_(0.8, 1.2)
+                module.bias.normal_(0, 0.1)
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.8, 1.2)
+        for block in network.modules():
+            if type(block).__name__ in ("BasicBlock", "Bottleneck"):
+                last = getattr(block, "bn3", None) or getattr(block, "bn2", None) or block.conv3.bn
+                last.weight.mul_(0.3)
     return {key: value for key, value in network.state_dict().items() if not key.startswith("fc.")}
+
+
+@functools.lru_cache(maxsize=1)
+def trainable_names(name: str) -> frozenset[str]:
+    """Which parameters of ``state_of`` a training step moves: those behind stem and C2, without the frozen norms."""
+    parameters = frozen_backbone(name, FREEZE_AT).named_parameters()
+    return frozenset(key.removeprefix("network.") for key, parameter in parameters if parameter.requires_grad)
+
+
+def frozen_backbone(name: str, freeze_at: int) -> Backbone:
+    """Ours, as a user builds it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*frozen at random weights")
+        return build_backbone(BackboneConfig(name=name, freeze_at=freeze_at))
 
 
 def torchvision_network(case: Case) -> nn.Module:
     """C2 to C5 by torchvision's own getter, with its own frozen norms."""
+    if case.name.startswith(TIMM):
+        raise NotHere("has no model of this name")
     network = torchvision.models.get_model(case.name, norm_layer=FrozenBatchNorm2d)
     getter = IntermediateLayerGetter(network, return_layers={f"layer{n}": f"c{n + 1}" for n in range(1, 5)})
     getter.load_state_dict(state_of(case.name))
@@ -140,23 +162,31 @@ def torchvision_network(case: Case) -> nn.Module:
 
 def our_network(case: Case) -> nn.Module:
     """Ours, as a user builds it, or the detector around it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        network = build_backbone(BackboneConfig(name=case.name, freeze_at=FREEZE_AT if case.is_train else 0))
-    network.load_state_dict(state_of(case.name))
+    network = frozen_backbone(case.name, FREEZE_AT if case.is_train else 0)
+    network.load_state_dict(
+        {f"network.{k}" if case.name.startswith(TIMM) else k: v for k, v in state_of(case.name).items()}
+    )
     return detector(case, Body(network)) if case.workload is Workload.DETECTOR else case.place(network)
 
 
 def timm_network(case: Case) -> nn.Module:
     """Timm's features_only network; its own frozen norms where it trains."""
-    timm = import_peer("timm")
-    network = timm.create_model(case.name, features_only=True, pretrained=False, out_indices=(1, 2, 3, 4))
+    network = timm_features(case.name)
     network.load_state_dict(state_of(case.name))
-    return case.place(timm.layers.freeze_batch_norm_2d(network) if case.is_train else network)
+    freeze_norms = import_peer("timm.layers").freeze_batch_norm_2d
+    return case.place(freeze_norms(network) if case.is_train else network)
+
+
+def timm_features(name: str) -> nn.Module:
+    """Timm's own C2 to C5."""
+    create = import_peer("timm").create_model
+    return create(name.removeprefix(TIMM), features_only=True, out_indices=(1, 2, 3, 4))  # type: ignore[no-any-return]
 
 
 def detectron2_network(case: Case) -> nn.Module:
     """Detectron2's ResNet with its own frozen norms and torchvision's place of the stride."""
+    if case.name.startswith(TIMM):
+        raise NotHere("has no model of this name")
     resnet, config = import_peer("detectron2.modeling.backbone.resnet"), import_peer("detectron2.config")
     cfg = config.get_cfg()
     cfg.MODEL.RESNETS.DEPTH = int(case.name.removeprefix("resnet"))

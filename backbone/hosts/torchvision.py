@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.segmentation import FCN, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
@@ -22,7 +23,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from backbone.builder import build_backbone
 from backbone.features import Backbone, Features, Preprocessing
-from backbone.norm import FrozenBatchNorm2d
+from backbone.norm import FrozenBatchNorm2d, norm_layer
 from backbone.pyramid import FeaturePyramid
 from backbone.recipe import DENSE_DETECTORS, SEGMENTERS, DetectorConfig, ExtraLevels
 from backbone.resnet import ResNet
@@ -128,15 +129,21 @@ def _build_on_levels(config: DetectorConfig) -> nn.Module:
         )
     detector: nn.Module
     if config.detector == "retinanet":
-        detector = RetinaNet(
-            as_torchvision(model), config.num_classes, anchor_generator=_retinanet_anchors(config, model)
-        )
+        detector = _build_retinanet(config, model)
     elif config.detector == "fcos":
         detector = FCOS(as_torchvision(model), config.num_classes, anchor_generator=_fcos_anchors(model))
     else:
         detector = _build_r_cnn(config, model)
     detector.transform = _transform(config, model.preprocessing)
     return detector
+
+
+def _build_retinanet(config: DetectorConfig, model: Backbone) -> RetinaNet:
+    backbone, anchors = as_torchvision(model), _retinanet_anchors(config, model)
+    (num_anchors,) = set(anchors.num_anchors_per_location())
+    norm = norm_layer("gn") if config.head_norm == "gn" else None
+    head = RetinaNetHead(backbone.out_channels, num_anchors, config.num_classes, norm_layer=norm)
+    return RetinaNet(backbone, config.num_classes, anchor_generator=anchors, head=head)
 
 
 def _build_r_cnn(config: DetectorConfig, model: Backbone) -> FasterRCNN:

@@ -153,6 +153,29 @@ def test_detections_equal_torchvisions_own(detector: str) -> None:
 
 
 @pytest.mark.usefixtures("pretrained")
+def test_retinanet_with_norms_in_its_heads_equals_torchvisions_v2() -> None:
+    theirs = detection.retinanet_resnet50_fpn_v2(
+        weights=None,
+        weights_backbone=ResNet50_Weights.IMAGENET1K_V1,
+        num_classes=NUM_CLASSES,
+        trainable_backbone_layers=5,
+        min_size=MIN_SIZE,
+    ).eval()
+    ours = build("retinanet", backbone={"norm": "bn"}, pyramid={"p6_from": "c5"}, head_norm="gn").eval()
+    _make_sure_of_itself(theirs)
+    load_torchvision_state(ours, theirs.state_dict())
+    for model in (theirs, ours):
+        _let_through(model)
+    images, _ = images_and_targets("retinanet")
+    with torch.no_grad():
+        for expected, actual in zip(theirs(images), ours(images), strict=True):
+            assert len(expected["boxes"]) > 10
+            assert torch.equal(actual["labels"], expected["labels"])
+            assert relative_error(actual["boxes"], expected["boxes"]) < RELATIVE_ERROR
+            assert relative_error(actual["scores"], expected["scores"]) < RELATIVE_ERROR
+
+
+@pytest.mark.usefixtures("pretrained")
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_losses_and_gradients_equal_torchvisions_own(detector: str) -> None:
     # In double precision no rounding can decide which of two equally good proposals is sampled.

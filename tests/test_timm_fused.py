@@ -1,0 +1,157 @@
+"""timm's blocks on our fused operations, held against the same blocks with timm's own forward."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, randomise_norms, relative_error, saved_mebibytes
+from timm.layers.drop import DropPath
+from timm.models.resnet import Bottleneck
+from torch import Tensor, nn
+
+from backbone import FrozenBatchNorm2d, freeze_norms, optimize_for_inference, timm_fused
+from backbone.timm_fused import FusedBottleneck
+
+# One model for each way through the blocks -> how many frozen norms still run on their own.
+MODELS = {
+    "resnet18": 1,  # the stem's, which is no block
+    "resnext50_32x4d": 1,
+    "resnet26d": 1,  # a stem of three convolutions, shortcuts that pool before they project
+    "seresnet50": 49,  # attention in every block, so that only shortcuts remain
+    "resnetblur50": 10,  # the blocks that stride blur as well: timm's own forward
+    "regnetx_002": 0,
+    "regnety_002": 0,  # attention between the units
+    "regnetz_005": 43,  # SiLU, which is no part of the operation
+    "cspresnet50": 38,  # leaky ReLU
+    "vovnet39a": 0,  # units alone
+}
+
+
+def pair(model: str, **settings: object) -> tuple[nn.Module, nn.Module]:
+    """Return a model with frozen norms in double precision, and the same with timm's own forward."""
+    ours = build(f"timm/{model}", norm="frozen_bn", **settings).double()
+    randomise_norms(ours)
+    return ours, with_timms_forward(ours)
+
+
+def with_timms_forward(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module).__module__ == timm_fused.__name__:
+            (module.__class__,) = type(module).__bases__
+    return model
+
+
+def features_and_gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    images = images.clone().requires_grad_()
+    features = model(images)
+    sum(feature.square().mean() for feature in features.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert images.grad is not None
+    return {**features, **gradients, "images": images.grad}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_features_and_gradients_equal_timms(model: str, training: bool) -> None:
+    ours, timms = (each.train(training) for each in pair(model))
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    actual, expected = features_and_gradients(ours, images), features_and_gradients(timms, images)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= 1e-10, name
+    with torch.no_grad():
+        for name, feature in ours(images).items():
+            assert relative_error(feature, expected[name]) <= 1e-10, name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_norms_are_folded_where_the_block_allows(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair(model)
+    calls = 0
+    forward = FrozenBatchNorm2d.forward
+
+    def counted(self: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(FrozenBatchNorm2d, "forward", counted)
+    ours(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert calls == MODELS[model]
+
+
+@pytest.mark.parametrize("model", ["resnet18", "regnety_002"])
+def test_trainable_norms_learn_as_timms(model: str) -> None:
+    ours = build(f"timm/{model}").double().train()
+    timms = with_timms_forward(ours)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    actual, expected = features_and_gradients(ours, images), features_and_gradients(timms, images)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= 1e-10, name
+    for name, value in timms.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("model", ["resnet50", "regnetx_002", "regnety_002"])
+def test_inference_copy_adds_and_rectifies_in_the_convolution(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, timms = pair(model)
+    fast: Any = optimize_for_inference(ours)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for name, expected in timms.eval()(images).items():
+        assert relative_error(fast(images)[name], expected) <= 1e-10
+    calls = 0
+
+    def counted(self: nn.ReLU, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x.relu()
+
+    monkeypatch.setattr(nn.ReLU, "forward", counted)
+    fast(images)
+    in_attention = sum(name.endswith("se.act") for name, _ in fast.named_modules())
+    assert calls - in_attention == (1 if model == "resnet50" else 0)  # the stem's
+
+
+def test_drop_path_drops_in_training_only() -> None:
+    block: Any = frozen_bottleneck(DropPath(0.5))
+    x = torch.randn(64, 64, 4, 4)
+    assert relative_error(block.eval()(x), timms_forward(block, x)) <= 1e-5
+    dropped = (block.train()(x) == x.relu()).flatten(1).all(1)
+    assert 0 < dropped.sum() < len(x)
+
+
+@pytest.mark.parametrize("path", ["act1", "act3", "bn2", "conv3", "drop_block"])
+def test_hook_sees_what_it_would_see_in_timms_block(path: str) -> None:
+    block = frozen_bottleneck()
+    seen = []
+    block.get_submodule(path).register_forward_hook(lambda *args: seen.append(args[2].clone()))
+    x = torch.randn(2, 64, 8, 8)
+    out = block(x)
+    assert relative_error(out, timms_forward(block, x)) <= 1e-5
+    ours, timms = seen
+    assert relative_error(ours, timms) <= 1e-5
+
+
+def test_bf16_autocast_keeps_half_of_what_float32_does() -> None:
+    for model in ("resnet50", "regnetx_002"):
+        ours, _ = pair(model)
+        ours.float().train()
+        images = torch.randn(1, 3, 128, 128)
+        whole = saved_mebibytes(ours, images)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert saved_mebibytes(ours, images) <= 0.6 * whole
+
+
+def frozen_bottleneck(drop_path: nn.Module | None = None) -> Bottleneck:
+    block = Bottleneck(64, 16, drop_path=drop_path)
+    freeze_norms(block)
+    randomise_norms(block)
+    block.__class__ = FusedBottleneck
+    return block
+
+
+def timms_forward(block: Bottleneck, x: Tensor) -> Tensor:
+    out: Tensor = Bottleneck.forward(block, x)
+    return out
