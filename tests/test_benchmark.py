@@ -56,13 +56,13 @@ def test_backward_passes_read_no_residual(tool: Any) -> None:
 
 def test_operations_are_those_of_the_paper(tool: Any, case: Any) -> None:
     """ResNet-18 at 224 pixels: 1.814 G multiply-adds, of which the classifier takes 0.5 M."""
-    contender = tool.torchvision_peer(tool.dataclasses.replace(case, height=224, width=224))
+    contender = tool.PEERS["torchvision"](tool.dataclasses.replace(case, height=224, width=224))
     assert tool.total_flops(tool.count_layers(contender)) == pytest.approx(2 * 1.8136e9, rel=1e-3)
 
 
 def test_frozen_layers_have_no_backward(tool: Any, case: Any) -> None:
     training = tool.dataclasses.replace(case, workload=tool.Workload.TRAIN)
-    passes = [layer.backward_passes for layer in tool.count_layers(tool.torchvision_peer(training))]
+    passes = [layer.backward_passes for layer in tool.count_layers(tool.PEERS["torchvision"](training))]
     assert passes[:5] == [0] * 5  # the stem and C2
     assert sorted(passes[5:]) == [1, 1, *[2] * 13]  # C3's first two convolutions read C2, which wants no gradient
 
@@ -117,7 +117,7 @@ def test_a_model_of_timms_is_compared_with_timm(tool: Any, tmp_path: Path) -> No
     arguments = ("--name", "timm/regnetx_002", "--peers", "torchvision,timm", "--workload", "train")
     output = run(tool, *arguments, "--dtype", "float32", "--json", str(tmp_path / "results.json"))
     assert output.exit_code == 0, output.output
-    (record,) = json.loads((tmp_path / "results.json").read_text())
+    _, record = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in record["contenders"]] == ["ours", "timm"]
     assert record["absent"] == {"torchvision": "has no model of this name"}
     refused = run(tool, "--name", "timm/regnetx_002", "--workload", "detector")
@@ -136,8 +136,10 @@ def test_an_absent_peer_is_named_with_the_reason(tool: Any, monkeypatch: pytest.
 def test_a_peer_that_computes_something_else_is_not_timed(
     tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    right = tool.PEERS["torchvision"]
+
     def wrong(case: Any) -> Any:
-        contender = tool.torchvision_peer(case)
+        contender = right(case)
         contender.network.conv1.weight.data[0] *= 1.001
         return contender
 

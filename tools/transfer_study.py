@@ -83,7 +83,7 @@ def main(
     config: Annotated[Path, typer.Option(help="Detector recipe for four classes and the background.")] = Path(
         "configs/detectors/shapes_faster_rcnn.yaml"
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="Of each run.")] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Of each run.")] = 30,
     target: Annotated[float, typer.Option(min=0, max=1, help="AP50 whose time is told.")] = 0.5,
 ) -> None:
     """Run the study."""
