@@ -18,6 +18,7 @@ _SPAN = 6  # input pixels per tile and direction
 _POINTS = (0.0, 0.6, -0.6, 1.5, -1.5)  # and infinity: half the rounding error of the usual 0, 1, -1, 2, -2
 _MIN_CHANNELS = 128  # below, the transforms cost more than the products save
 _MIN_TILES = 8
+_BAND_BYTES = 12 * 2**20  # of transformed tiles at a time, so that they stay in the cache
 
 
 @functools.cache
@@ -63,28 +64,45 @@ class WinogradConv:
         transformed = transformed.reshape(-1, in_channels, 1, 1).float()
         self.geometry = Geometry((1, 1), (0, 0), (1, 1), _SPAN * _SPAN)
         self.bias = (torch.outer(one, one).reshape(-1, 1) * bias.double()).reshape(-1).float()
-        tiles = [-(-size // _TILE) for size in x.shape[2:]]
-        self.weight = pack(transformed, self.geometry, x.new_empty(len(x), _SPAN * _SPAN * in_channels, *tiles))
+        rows, columns = self._rows_at_a_time(x), -(-x.shape[3] // _TILE)
+        self.weight = pack(transformed, self.geometry, x.new_empty(len(x), _SPAN * _SPAN * in_channels, rows, columns))
 
     def __call__(self, x: Tensor, *, relu: bool) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H, W), channels_last."""
-        batch, channels, height, width = x.shape
-        rows, columns = -(-height // _TILE), -(-width // _TILE)
-        tiles = batch * rows * columns
+        batch, _, height, width = x.shape
+        band = self._rows_at_a_time(x)
+        rows, columns = -(-height // (_TILE * band)) * band, -(-width // _TILE)
         x = F.pad(x, (1, _TILE * columns + 1 - width, 1, _TILE * rows + 1 - height))
         x = x.permute(0, 2, 3, 1).contiguous()  # (N, 4 rows + 2, 4 columns + 2, C)
+        out = x.new_empty(batch, rows, _TILE, columns, _TILE, self.out_channels)
+        for row in range(0, rows, band):
+            tiles = self._tiles(x[:, _TILE * row :], band, columns)
+            part = out[:, row : row + band]
+            _ = torch.clamp_min(tiles, 0, out=part) if relu else part.copy_(tiles)  # ReLU and layout in one pass
+        out = out.view(batch, rows * _TILE, columns * _TILE, self.out_channels)[:, :height, :width]
+        return out.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+    def _tiles(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """The first rows of padded (N, H, W, C_in) -> output tiles (N, rows, 4, columns, 4, C_out)."""
+        batch, channels = x.shape[0], x.shape[3]
         image, row, pixel, _ = x.stride()
         overlapping = x.as_strided(
             (batch, rows, columns, _SPAN, _SPAN, channels),
             (image, _TILE * row, _TILE * pixel, row, pixel, 1),
+            x.storage_offset(),
         )
+        tiles = batch * rows * columns
         tile = torch.bmm(self.for_input.expand(tiles, -1, -1), overlapping.reshape(tiles, _SPAN * _SPAN, channels))
         tile = tile.view(batch, rows, columns, -1).permute(0, 3, 1, 2)  # channels_last
         tile = conv_bias_act(tile, self.weight, self.bias, self.geometry, relu=False)
         tile = tile.permute(0, 2, 3, 1).reshape(tiles, _SPAN * _SPAN, self.out_channels)
         tile = torch.bmm(self.for_output.expand(tiles, -1, -1), tile)
-        tile = tile.view(batch, rows, columns, _TILE, _TILE, self.out_channels).transpose(2, 3)
-        out = tile.new_empty(tile.shape)
-        out = torch.clamp_min(tile, 0, out=out) if relu else out.copy_(tile)  # ReLU and layout in one pass
-        out = out.view(batch, rows * _TILE, columns * _TILE, self.out_channels)[:, :height, :width]
-        return out.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        return tile.view(batch, rows, columns, _TILE, _TILE, self.out_channels).transpose(2, 3)
+
+    def _rows_at_a_time(self, x: Tensor) -> int:
+        """How many rows of tiles are transformed at a time: bands of equal height, the last one padded."""
+        batch, channels, height, width = x.shape
+        rows, columns = -(-height // _TILE), -(-width // _TILE)
+        row_bytes = batch * columns * _SPAN * _SPAN * max(channels, self.out_channels) * x.element_size()
+        bands = -(-rows * row_bytes // _BAND_BYTES)
+        return -(-rows // min(bands, rows))

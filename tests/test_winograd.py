@@ -21,7 +21,7 @@ UNSUITED = {
 
 
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("size", [(1, 1, 1), (1, 8, 12), (2, 13, 7), (1, 30, 41)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 8, 12), (2, 13, 7), (1, 30, 41), (2, 50, 70)])  # the last in bands
 @pytest.mark.parametrize(("channels_in", "channels_out"), [(128, 128), (256, 128), (512, 512)])
 def test_it_equals_the_direct_convolution(
     channels_in: int, channels_out: int, size: tuple[int, int, int], relu: bool
