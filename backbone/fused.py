@@ -94,7 +94,7 @@ def residual_block(
     conv, norm = layers[-1]
     if projection is None:
         return conv_norm_act(out, conv, norm, x, reuse_residual=reuse_input)
-    unseen = not any(is_watched(module) for module in projection.modules())
+    unseen = not any(map(is_watched, projection.modules()))
     return conv_norm_act(out, conv, norm, projection(x), reuse_residual=unseen)
 
 
@@ -102,15 +102,13 @@ def blocks_in_row(blocks: Iterable[nn.Module], fused: tuple[type[nn.Module], ...
     """Return what ``blocks`` make of ``x`` one after the other.
 
     Those of the classes ``fused`` are told to reuse their input where it is nothing but the output of another of them:
-    nobody else sees it, unless someone is watching.
+    nobody else has it, unless someone watches a module of either. Only the CPU's kernel makes use of it.
     """
-    previous: nn.Module | None = None
+    last_was_unseen = False
     for block in blocks:
-        if isinstance(block, fused) and isinstance(previous, fused):
-            x = block(x, reuse_input=not is_watched(previous) and not is_watched(block))
-        else:
-            x = block(x)
-        previous = block
+        is_unseen = x.device.type == "cpu" and isinstance(block, fused) and not any(map(is_watched, block.modules()))
+        x = block(x, reuse_input=True) if is_unseen and last_was_unseen else block(x)
+        last_was_unseen = is_unseen
     return x
 
 
@@ -218,11 +216,15 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _ending(norm: nn.Module) -> type[nn.Module] | None:
-    """What a frozen norm, or what folding left of it, does after scale and shift; None where that is not known."""
+    """The class of what follows scale and shift in a frozen norm, or is left of the norm by folding.
+
+    None where someone watches it, so that it must be called.
+    """
     if type(norm) in (FrozenBatchNorm2d, nn.Identity):
         return nn.Identity
-    end = norm.remainder() if is_frozen_form(norm) else norm
-    return None if is_watched(end) else type(end)
+    if not is_frozen_form(norm):
+        return None if is_watched(norm) else type(norm)
+    return None if any(map(is_watched, norm.children())) else type(norm.remainder())
 
 
 def _is_fusable(layer: Layer, x: Tensor, *, before_relu: bool = False) -> TypeGuard[FrozenLayer]:

@@ -52,9 +52,10 @@ def conv_bias_act(
     if _has_cudnn(x) and relu:
         if _is_packed_stem(x, weight, geometry):
             x, geometry = _space_to_depth(x), Geometry((1, 1), (0, 0), (1, 1), 1)
-        if residual is None:
+        fuses = _cudnn_fuses(x, weight)
+        if residual is None and fuses:
             return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        if residual.is_contiguous(memory_format=torch.channels_last) or residual.is_contiguous():
+        if residual is not None and fuses and _is_dense(residual):
             return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
     out = F.conv2d(x, weight, bias, *geometry)
     if residual is not None:
@@ -151,6 +152,16 @@ def _onednn(
 
 def _has_cudnn(x: Tensor) -> bool:
     return x.is_cuda and torch.backends.cudnn.enabled and torch.version.hip is None
+
+
+def _cudnn_fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether fused kernels are known to take so many channels: more than one a group, in half precision by eights."""
+    by_eights = x.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
+    return weight.shape[1] > 1 and (by_eights or x.dtype == torch.float32)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
 
 
 # --- the stem ---------------------------------------------------------------------------------------------------------

@@ -103,8 +103,13 @@ def register_frozen_form(norm: type[nn.Module], form: type[FrozenBatchNorm2d]) -
     """Let ``freeze_norms`` swap layers of class ``norm``, a batch norm that computes something more, for a ``form``.
 
     The form is constructed as FrozenBatchNorm2d is and then given the children of the layer it stands for, such as an
-    activation; its ``forward`` must equal the layer's in evaluation mode, and scale, shift and its ``remainder()``.
+    activation. Its ``forward`` must equal the layer's in evaluation mode: scale and shift, then its ``remainder()``.
+
+    Raises:
+        TypeError: If the form computes something more than FrozenBatchNorm2d and no ``remainder`` tells what.
     """
+    if form.forward is not FrozenBatchNorm2d.forward and form.remainder is FrozenBatchNorm2d.remainder:
+        raise TypeError(f"a form with a forward of its own must define remainder(), got {form.__name__}; add it")
     _frozen_forms[norm] = form
 
 

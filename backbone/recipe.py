@@ -125,13 +125,13 @@ class DetectorConfig(StrictModel):
     )
     smallest_anchor: PositiveInt = Field(
         default=32,
-        description="Side in pixels of the resized image of the anchors on an R-CNN's finest level, or on P3 of "
-        "RetinaNet; it doubles from level to level.",
+        description="Side in pixels of the resized image of the anchors on P2 of an R-CNN or P3 of RetinaNet, "
+        "whichever levels there are; it doubles from level to level. On one map: the smallest of an R-CNN's five.",
     )
     head_norm: Annotated[Literal["none", "gn"], rule("must be none or gn")] = Field(
         default="none",
-        description="Of retinanet: gn puts GroupNorm between its heads' convolutions, as torchvision's v2 has it; "
-        "without, they hardly learn from scratch.",
+        description="Of retinanet: gn puts GroupNorm between its heads' convolutions, as torchvision's v2 does; its "
+        "loss stays l1.",
     )
     aux_classifier: Annotated[bool, rule("must be true or false")] = Field(
         default=False, description="Of a segmenter: a second classifier on C4 that helps in training."

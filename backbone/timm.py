@@ -242,16 +242,11 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
     def remainder(self) -> nn.Module:
         """Return the activation, after the drop layer where that one works."""
-        return nn.Sequential(self.drop, self.act) if _drops(self.drop) else self.act
+        return self.act if timm_fused.is_idle(self.drop) else nn.Sequential(self.drop, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, H, W) -> the same shape."""
         return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
-
-
-def _drops(drop: nn.Module) -> bool:
-    """Whether a drop layer works."""
-    return drop.training and not isinstance(drop, nn.Identity)
 
 
 register_frozen_form(BatchNormAct2d, FrozenBatchNormAct2d)

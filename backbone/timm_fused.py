@@ -1,8 +1,10 @@
 """timm's residual blocks and convolution-norm-activation units on our fused operations (fused.py).
 
-The classes are timm's own with another ``forward``: parameters, names and results stay what they were.
+The classes are timm's own with another ``forward``: parameters, names and results stay what they were. What more a
+block has (attention, blurring, activations other than ReLU, drop layers at work) stays with timm's ``forward``.
 """
 
+from collections import deque
 from typing import Final
 
 from timm.layers.conv_bn_act import ConvNormAct
@@ -10,21 +12,21 @@ from timm.layers.drop import DropBlock2d, DropPath
 from timm.models import regnet, resnet
 from torch import Tensor, nn
 
-from backbone.fused import blocks_in_row, conv_norm_act, is_watched, residual_block
+from backbone.fused import FoldedConv2d, blocks_in_row, conv_norm_act, is_watched, residual_block
 from backbone.norm import FrozenBatchNorm2d
 
 
 def fuse(network: nn.Module) -> None:
     """Let the stages, blocks and units in ``network`` that timm shares between families run as fused operations."""
     for module in network.modules():
-        own = type(module)
-        children = set(map(type, module.children()))
-        if own is not nn.Sequential:
-            module.__class__ = FUSED.get(own, own)
-        elif children & {resnet.BasicBlock, resnet.Bottleneck}:
-            module.__class__ = FusedStage
-        elif nn.Conv2d in children and any(hasattr(layer, "running_var") for layer in module.children()):
-            module.__class__ = FusedLayers
+        if type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
+        elif type(module) is nn.Sequential:
+            children = list(module)
+            if any(type(child) in (resnet.BasicBlock, resnet.Bottleneck) for child in children):
+                module.__class__ = FusedStage
+            elif any(hasattr(child, "running_var") for child in children):
+                module.__class__ = FusedLayers
 
 
 class FusedBasicBlock(resnet.BasicBlock):
@@ -99,14 +101,18 @@ class FusedLayers(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
-        layers = list(self)
+        layers = deque(self)
         while layers:
-            layer = layers.pop(0)
-            if isinstance(layer, nn.Conv2d) and layers and isinstance(layers[0], FrozenBatchNorm2d | nn.Identity):
-                norm = layers.pop(0)
+            layer = layers.popleft()
+            follower = layers[0] if layers else None
+            if isinstance(layer, FoldedConv2d) or (
+                isinstance(layer, nn.Conv2d) and isinstance(follower, FrozenBatchNorm2d)
+            ):
+                norm = layers.popleft() if layers else nn.Identity()
                 relu = bool(layers) and _are_relus(layers[0])
                 x = conv_norm_act(x, layer, norm, relu=relu)
-                del layers[:relu]
+                if relu:
+                    layers.popleft()
             else:
                 x = layer(x)
         return x
@@ -128,8 +134,9 @@ def _are_relus(*activations: nn.Module) -> bool:
 
 def _rest(*modules: nn.Module | None) -> bool:
     """Whether these modules do nothing now, and nobody watches them."""
-    return all(module is None or (_is_idle(module) and not is_watched(module)) for module in modules)
+    return all(module is None or (is_idle(module) and not is_watched(module)) for module in modules)
 
 
-def _is_idle(module: nn.Module) -> bool:
+def is_idle(module: nn.Module) -> bool:
+    """Whether a drop layer passes on what it gets."""
     return type(module) is nn.Identity or (isinstance(module, DropPath | DropBlock2d) and not module.training)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,20 @@ def test_a_model_of_timms_is_compared_with_timm(tool: Any, tmp_path: Path) -> No
     assert output.exit_code == 0, output.output
     _, record = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in record["contenders"]] == ["ours", "timm"]
-    assert record["absent"] == {"torchvision": "has no model of this name"}
-    refused = run(tool, "--name", "timm/regnetx_002", "--workload", "detector")
+    assert record["absent"] == {"torchvision": "takes part with torchvision's models only"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--name", "timm/regnetx_002", "--workload", "detector"), "take --workload infer or train"),
+        (("--name", "timm/convnext_tiny"), "timm's models must be of resnet"),
+    ],
+)
+def test_a_model_of_timms_that_cannot_be_compared_is_refused(tool: Any, arguments: Sequence[str], message: str) -> None:
+    refused = run(tool, *arguments)
     assert refused.exit_code == 2
-    assert "take --workload infer or train" in " ".join(refused.output.replace("│", " ").split())
+    assert message in " ".join(refused.output.replace("│", " ").split())
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import build, randomise_norms, relative_error
-from torch import nn
+from torch import Tensor, nn
 
 from backbone import FrozenBatchNorm2d, freeze_norms, thaw_norms
+from backbone.norm import register_frozen_form
 
 EPS = (1e-5, 1e-3, 0.0)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -148,3 +149,12 @@ def test_print_tells_frozen_from_trainable() -> None:
     text = str(build(freeze_at=2))
     assert "(bn1): FrozenBatchNorm2d(64, eps=1e-05)" in text
     assert "(bn1): BatchNorm2d(128" in text
+
+
+def test_a_form_that_hides_what_it_computes_is_refused() -> None:
+    class Shifted(FrozenBatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    with pytest.raises(TypeError, match=r"must define remainder\(\), got Shifted"):
+        register_frozen_form(nn.BatchNorm2d, Shifted)

@@ -1,12 +1,13 @@
 """timm's blocks on our fused operations, held against the same blocks with timm's own forward."""
 
 import copy
+import io
 from typing import Any
 
 import pytest
 import torch
 from conftest import build, randomise_norms, relative_error, saved_mebibytes
-from timm.layers.drop import DropPath
+from timm.layers.drop import DropBlock2d, DropPath
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
@@ -82,6 +83,32 @@ def test_norms_are_folded_where_the_block_allows(model: str, monkeypatch: pytest
     assert calls == MODELS[model]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", MODELS)
+def test_features_without_gradient_equal_timms_whatever_kernel_there_is(model: str, dtype: torch.dtype) -> None:
+    ours, timms = (each.to(dtype).float() for each in pair(model))  # weights that both dtypes can hold
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        actual = ours(images)
+    with torch.no_grad():
+        expected = timms(images)
+    for name, feature in expected.items():
+        assert relative_error(actual[name], feature) <= (1e-5 if dtype == torch.float32 else 5e-2), name
+        assert actual[name].dtype == dtype
+
+
+@pytest.mark.parametrize("stride", [32, 8])
+@pytest.mark.parametrize("model", ["resnet50", "regnety_002"])
+def test_a_frozen_half_learns_as_timms(model: str, stride: int) -> None:
+    ours = build(f"timm/{model}", freeze_at=3, output_stride=stride).double().train()
+    timms = with_timms_forward(ours)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    actual, expected = features_and_gradients(ours, images), features_and_gradients(timms, images)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= 1e-10, name
+
+
 @pytest.mark.parametrize("model", ["resnet18", "regnety_002"])
 def test_trainable_norms_learn_as_timms(model: str) -> None:
     ours = build(f"timm/{model}").double().train()
@@ -120,6 +147,68 @@ def test_drop_path_drops_in_training_only() -> None:
     assert relative_error(block.eval()(x), timms_forward(block, x)) <= 1e-5
     dropped = (block.train()(x) == x.relu()).flatten(1).all(1)
     assert 0 < dropped.sum() < len(x)
+
+
+@pytest.mark.parametrize("path", ["layer1.1.act2", "layer1.1.conv1", "layer1.1", "layer1.1.bn2", "layer2.1.act1"])
+def test_what_a_hook_keeps_of_a_resnet_is_not_overwritten(path: str) -> None:
+    hook_keeps_what_it_saw("resnet18", path)
+
+
+@pytest.mark.parametrize("path", ["s4.b2.act3", "s4.b3.conv1", "s4.b3.downsample", "s4.b3.conv1.bn.act", "s4.b3.conv3"])
+def test_what_a_hook_keeps_of_a_regnet_is_not_overwritten(path: str) -> None:
+    hook_keeps_what_it_saw("regnety_002", path)
+
+
+def hook_keeps_what_it_saw(model: str, path: str) -> None:
+    network: Any = pair(model)[0].float().eval()
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        kept.extend((each, each.clone()) for each in (*inputs, output))
+
+    module = network.network.get_submodule(path)
+    module.register_forward_hook(keep)
+    with torch.no_grad():
+        network(torch.randn(1, 3, 64, 64))
+    in_place = isinstance(module, nn.ReLU)  # timm's own act overwrites its input
+    assert kept
+    assert all(torch.equal(seen, then) for seen, then in kept[in_place:])
+
+
+@pytest.mark.parametrize("path", ["conv", "bn", "bn.drop", "bn.act"])
+def test_hook_in_a_unit_is_called(path: str) -> None:
+    network: Any = pair("regnetx_002")[0].float()
+    calls = []
+    unit = network.network.s2.b1.conv1
+    unit.get_submodule(path).register_forward_hook(lambda *args: calls.append(args))
+    network(torch.randn(1, 3, 64, 64))
+    assert len(calls) == 1
+
+
+def test_drop_layer_in_a_norm_works_in_training_only() -> None:
+    network: Any = pair("regnetx_002")[0].float()
+    network.network.s1.b1.conv2.bn.drop = DropBlock2d(0.5, block_size=2)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images)["c2"], network(images)["c2"])
+        network.train()
+        assert not torch.equal(network(images)["c2"], network(images)["c2"])
+
+
+def test_pickled_and_compiled_models_give_the_same() -> None:
+    network = pair("regnety_002")[0].float().eval()
+    images = torch.randn(1, 3, 64, 64)
+    file = io.BytesIO()
+    torch.save(network, file)
+    file.seek(0)
+    restored = torch.load(file, weights_only=False)
+    exported = torch.export.export(network, (images,)).module()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = network(images)
+        for other in (restored, exported, compiled):
+            for name, feature in other(images).items():
+                assert relative_error(feature, expected[name]) <= 1e-5
 
 
 @pytest.mark.parametrize("path", ["act1", "act3", "bn2", "conv3", "drop_block"])

@@ -323,6 +323,11 @@ def test_the_transfer_study_measures_every_epoch() -> None:
     assert fine_tuned(config, 2, Path("backbone.pth"), 20)["train"]["validate_every"] == 1
 
 
+def test_training_is_timed_without_validation(finished: Path) -> None:
+    (epoch,) = json.loads((finished / "metrics.json").read_text())["epochs"]
+    assert 0 < epoch["training_seconds"] < epoch["seconds"]
+
+
 def test_the_last_epoch_is_measured_whatever_validate_every_says(finished: Path) -> None:
     assert "AP50" in json.loads((finished / "metrics.json").read_text())["epochs"][-1]
 

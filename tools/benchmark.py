@@ -28,7 +28,17 @@ import torch
 import typer
 from benchmark_contenders import PEERS, Contender, builders_of, onnx_of, reference_contender, tensors_of
 from benchmark_measures import Layer, count_layers, measure_machine, memory_of, paired_ratio, synchronize, time_rounds
-from benchmark_networks import TIMM, Case, DeviceName, DtypeName, NotHere, Workload, images_of, in_float32
+from benchmark_networks import (
+    TIMM,
+    TIMM_FAMILIES,
+    Case,
+    DeviceName,
+    DtypeName,
+    NotHere,
+    Workload,
+    images_of,
+    in_float32,
+)
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -283,8 +293,11 @@ def main(
         raise typer.BadParameter(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
     if device is DeviceName.CUDA and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here; use --device cpu")
-    if workload and Workload.DETECTOR in workload and any(each.startswith(TIMM) for each in name or []):
-        raise typer.BadParameter("the detector is torchvision's on a ResNet of its own; take --workload infer or train")
+    if of_timm := [each.removeprefix(TIMM) for each in name or [] if each.startswith(TIMM)]:
+        if Workload.DETECTOR in (workload or []):
+            raise typer.BadParameter("the detector is torchvision's on its own ResNet; take --workload infer or train")
+        if not all(each.startswith(TIMM_FAMILIES) for each in of_timm):
+            raise typer.BadParameter(f"timm's models must be of {', '.join(TIMM_FAMILIES)}, got {', '.join(of_timm)}")
     records: list[dict[str, Any]] = []
     dtypes, workloads = dtype or [DtypeName.FLOAT32], workload or [Workload.INFER]
     for settings in itertools.product(workloads, name or ["resnet50"], dtypes, batch or [1]):

@@ -50,7 +50,7 @@ class Contender:
         network: The module at work; None outside torch.
         parameters: The trainable parameters by their names in ``state_of``.
         first_call: Seconds of the first step, compilation included.
-        error: Largest difference of a feature from torchvision's in float32, in units of its largest value.
+        error: Largest difference of a feature from the reference's in float32, in units of its largest value.
         mismatch: What else differs: in training the largest norm of a gradient's difference over the norm of that
             gradient, in a detector the fraction of detections that have no equal.
         memory: Bytes saved for backward (CPU) or allocated at the peak over what was there before (CUDA).

@@ -21,6 +21,7 @@ from backbone import Backbone, BackboneConfig, build_backbone
 
 FREEZE_AT = 2  # stem and C2, as detectors are trained
 TIMM = "timm/"  # begins the name of a model of timm's, which is compared with timm alone
+TIMM_FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet")  # whose features_only models have timm's own names
 
 
 class Workload(StrEnum):
@@ -153,7 +154,7 @@ def frozen_backbone(name: str, freeze_at: int) -> Backbone:
 def torchvision_network(case: Case) -> nn.Module:
     """C2 to C5 by torchvision's own getter, with its own frozen norms."""
     if case.name.startswith(TIMM):
-        raise NotHere("has no model of this name")
+        raise NotHere("takes part with torchvision's models only")
     network = torchvision.models.get_model(case.name, norm_layer=FrozenBatchNorm2d)
     getter = IntermediateLayerGetter(network, return_layers={f"layer{n}": f"c{n + 1}" for n in range(1, 5)})
     getter.load_state_dict(state_of(case.name))
@@ -186,7 +187,7 @@ def timm_features(name: str) -> nn.Module:
 def detectron2_network(case: Case) -> nn.Module:
     """Detectron2's ResNet with its own frozen norms and torchvision's place of the stride."""
     if case.name.startswith(TIMM):
-        raise NotHere("has no model of this name")
+        raise NotHere("takes part with torchvision's models only")
     resnet, config = import_peer("detectron2.modeling.backbone.resnet"), import_peer("detectron2.config")
     cfg = config.get_cfg()
     cfg.MODEL.RESNETS.DEPTH = int(case.name.removeprefix("resnet"))

@@ -59,7 +59,7 @@ class History(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._start = time.perf_counter()
+        self._start = self._trained = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
         """Note the time: a validation may follow."""

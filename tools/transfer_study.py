@@ -78,7 +78,10 @@ def draw(curves: dict[str, list[dict[str, float]]], target: float, path: Path) -
 
 
 def main(
-    weights: Annotated[Path, typer.Option(help="backbone.pth of a run of the same recipe on other shapes.")],
+    weights: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, help="backbone.pth of a run of the same recipe on other shapes."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for data, runs and picture.")],
     config: Annotated[Path, typer.Option(help="Detector recipe for four classes and the background.")] = Path(
         "configs/detectors/shapes_faster_rcnn.yaml"
@@ -90,8 +93,15 @@ def main(
     recipe = load_detector_config(config)
     data = out / "new_shapes"
     if not data.exists():
-        numbers: dict[str, Any] = {"num_train": NUM_TRAIN_IMAGES, "num_val": NUM_VAL_IMAGES, "seed": 1}
-        make_shapes_dataset(data, shapes=NEW_SHAPES, min_scale=0.2, max_objects=4, **numbers)
+        make_shapes_dataset(
+            data,
+            shapes=NEW_SHAPES,
+            num_train=NUM_TRAIN_IMAGES,
+            num_val=NUM_VAL_IMAGES,
+            max_objects=4,
+            min_scale=0.2,
+            seed=1,
+        )
     curves = {}
     for name, freeze_at in RUNS.items():
         settings = fine_tuned(recipe, freeze_at, weights, epochs)
