@@ -39,6 +39,21 @@ def test_float32_features_equal_plain_pytorch(name: str, layout: torch.memory_fo
         assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
 
 
+# Groups, attention, pooled shortcuts, depthwise convolutions, channels that are no multiple of 8.
+@pytest.mark.parametrize("name", ["regnetx_002", "regnety_002", "resnet26d", "ghostnet_050", "hrnet_w18_small"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@torch.no_grad()
+def test_timms_features_equal_plain_pytorch(name: str, dtype: torch.dtype) -> None:
+    plain, frozen = pair(f"timm/{name}")
+    images = torch.randn(2, 3, 96, 128, device="cuda").to(memory_format=torch.channels_last)
+    expected = plain(images)
+    with torch.autocast("cuda", dtype, enabled=dtype in HALF):
+        ours = frozen(images)
+    for actual in (ours, optimize_for_inference(frozen, dtype=dtype)(images)):
+        errors = [relative_error(actual[level], expected[level]) for level in expected]
+        assert max(errors) <= HALF.get(dtype, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @torch.no_grad()
 def test_half_precision_features_are_right(dtype: torch.dtype) -> None:

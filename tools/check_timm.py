@@ -104,7 +104,10 @@ def side_of(backbone: TimmBackbone) -> int:
 
 
 def largest_error(backbone: TimmBackbone) -> float:
-    """Return the largest relative difference between the maps of ``backbone`` and timm's own features_only model."""
+    """Return the largest relative difference between the maps of ``backbone`` and timm's own features_only model.
+
+    ``backbone`` computes them twice, the second time with all its stages frozen.
+    """
     side = -(-side_of(backbone) // backbone.size_multiple) * backbone.size_multiple
     images = torch.randn(1, 3, side, side)
     complete = timm.create_model(backbone.model)
@@ -122,12 +125,16 @@ def largest_error(backbone: TimmBackbone) -> float:
     with torch.no_grad():
         expected = reference(images)
         actual = features_at(backbone.network, images, backbone.indices)
+        freeze_stages(backbone, len(STAGE_NAMES))
+        frozen = features_at(backbone.network, images, backbone.indices)
+        freeze_stages(backbone, 0)
     if "NHWC" in str(getattr(reference, "output_fmt", "")) and expected[0].shape != actual[0].shape:
         expected = [each.permute(0, 3, 1, 2) for each in expected]
     strides = [spec.stride for spec in backbone.feature_specs.values()]
     if backbone.pyramid is None and reference.feature_info.reduction() != strides:
         return float("inf")
-    return max(_relative_error(mine, theirs) for mine, theirs in zip(actual, expected, strict=True))
+    pairs = zip([*actual, *frozen], [*expected, *expected], strict=True)
+    return max(_relative_error(mine, theirs) for mine, theirs in pairs)
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
