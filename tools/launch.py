@@ -82,4 +82,5 @@ _NOISE: Final = (
     ".*GPU available but not used",  # --device cpu says so
     ".*directory .* exists and is not empty",  # it holds the recipe
     ".*in eval mode at the start of training",  # the frozen stages are
+    ".*treespec, LeafSpec.* is deprecated",  # Lightning's own affair
 )
