@@ -127,13 +127,21 @@ def test_a_model_of_timms_is_compared_with_timm(tool: Any, tmp_path: Path) -> No
     ("arguments", "message"),
     [
         (("--name", "timm/regnetx_002", "--workload", "detector"), "take --workload infer or train"),
-        (("--name", "timm/convnext_tiny"), "timm's models must be of resnet"),
+        (("--name", "timm/convnext_tiny"), "must be of its modules resnet, regnet, got convnext_tiny"),
+        (("--name", "timm/resnetv2_50"), "must be of its modules resnet, regnet, got resnetv2_50"),
     ],
 )
 def test_a_model_of_timms_that_cannot_be_compared_is_refused(tool: Any, arguments: Sequence[str], message: str) -> None:
     refused = run(tool, *arguments)
     assert refused.exit_code == 2
     assert message in " ".join(refused.output.replace("│", " ").split())
+
+
+def test_a_model_of_timms_needs_timm(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    refused = run(tool, "--name", "timm/resnet50")
+    assert refused.exit_code == 2
+    assert "timm's models need timm: not importable" in " ".join(refused.output.replace("│", " ").split())
 
 
 @pytest.mark.usefixtures("quick")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build, randomise_norms, relative_error, saved_mebibytes
 from timm.layers.drop import DropBlock2d, DropPath
+from timm.layers.norm_act import BatchNormAct2d
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
@@ -139,6 +140,19 @@ def test_inference_copy_adds_and_rectifies_in_the_convolution(model: str, monkey
     fast(images)
     in_attention = sum(name.endswith("se.act") for name, _ in fast.named_modules())
     assert calls - in_attention == (1 if model == "resnet50" else 0)  # the stem's
+
+
+def test_activation_of_a_norm_in_a_sequence_joins_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), BatchNormAct2d(8))).eval()
+    randomise_norms(network)
+    images = torch.randn(2, 3, 8, 8)
+    expected = network(images)
+    timm_fused.fuse(network)
+    freeze_norms(network)
+    folded = optimize_for_inference(network)
+    monkeypatch.setattr(nn.ReLU, "forward", None)  # not to be called
+    for fast in (network, folded):
+        assert relative_error(fast(images), expected) <= 1e-5
 
 
 def test_drop_path_drops_in_training_only() -> None:

@@ -37,6 +37,7 @@ from benchmark_networks import (
     NotHere,
     Workload,
     images_of,
+    import_peer,
     in_float32,
 )
 from matplotlib.figure import Figure
@@ -296,8 +297,15 @@ def main(
     if of_timm := [each.removeprefix(TIMM) for each in name or [] if each.startswith(TIMM)]:
         if Workload.DETECTOR in (workload or []):
             raise typer.BadParameter("the detector is torchvision's on its own ResNet; take --workload infer or train")
-        if not all(each.startswith(TIMM_FAMILIES) for each in of_timm):
-            raise typer.BadParameter(f"timm's models must be of {', '.join(TIMM_FAMILIES)}, got {', '.join(of_timm)}")
+        try:
+            comparable = import_peer("timm").list_models(module=TIMM_FAMILIES)
+        except NotHere as reason:
+            raise typer.BadParameter(f"timm's models need timm: {reason}") from None
+        if others := [each for each in of_timm if each not in comparable]:
+            raise typer.BadParameter(
+                f"timm's models must be of its modules {', '.join(TIMM_FAMILIES)}, got {', '.join(others)}; take one "
+                "of its ResNets, ResNeXts or RegNets"
+            )
     records: list[dict[str, Any]] = []
     dtypes, workloads = dtype or [DtypeName.FLOAT32], workload or [Workload.INFER]
     for settings in itertools.product(workloads, name or ["resnet50"], dtypes, batch or [1]):

@@ -21,7 +21,7 @@ from backbone import Backbone, BackboneConfig, build_backbone
 
 FREEZE_AT = 2  # stem and C2, as detectors are trained
 TIMM = "timm/"  # begins the name of a model of timm's, which is compared with timm alone
-TIMM_FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet")  # whose features_only models have timm's own names
+TIMM_FAMILIES = ["resnet", "regnet"]  # timm's modules whose features_only models keep the parameters' names
 
 
 class Workload(StrEnum):
