@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.kept import unless_changed
-from backbone.kernels import Geometry, conv_backward, conv_bias_act
+from backbone.kernels import Geometry, conv_bias_act
 from backbone.norm import FrozenBatchNorm2d
+from backbone.products import conv_backward, convolve
 
 FrozenLayer: TypeAlias = tuple[nn.Conv2d, FrozenBatchNorm2d]
 """A convolution and its frozen norm."""
@@ -110,20 +111,25 @@ class _FoldedLayers(torch.autograd.Function):
         layout = _memory_format(inputs[0])
         grads: list[Tensor | None] = [None] * count
 
-        def through(index: int, grad: Tensor, x: Tensor, geometry: Geometry, needs_x: bool) -> Tensor | None:
-            """Take ``grad`` back through convolution ``index``, keeping its weight's gradient."""
+        def through(
+            index: int, grad: Tensor, x: Tensor, geometry: Geometry, needs_x: bool, onto: Tensor | None = None
+        ) -> Tensor | None:
+            """Take ``grad`` back through convolution ``index``, add it to ``onto``, and keep its weight's gradient."""
             weight, scale, needs_weight = weights[index], scales[index], needs_weights[index]
             late = _scales_late(weight, grad.numel() // grad.shape[1])
             if late:
                 grad = (grad * scale[:, None, None]).to(grad.dtype)
             factor = weight.to(x.dtype, memory_format=layout) if late or not needs_x else scaled(weight, scale, x)
-            grad_x, grad_weight = conv_backward(grad, x, factor, geometry, needs_x=needs_x, needs_weight=needs_weight)
+            grad_x, grad_weight = conv_backward(
+                grad, x, factor, geometry, needs_x=needs_x, needs_weight=needs_weight, onto=onto
+            )
             if grad_weight is not None:
-                grad_weight = grad_weight if late else grad_weight * scale[:, None, None, None]
+                dtype = weight.dtype
+                grad_weight = grad_weight.to(dtype) if late else _scaled_gradient(grad_weight, scale, dtype)
                 if weight.shape[2:] == (1, 1) and grad_weight.stride()[:2] == weight.stride()[:2]:
                     # the same memory under the weight's own strides: DistributedDataParallel copies what differs
                     grad_weight = grad_weight.as_strided(weight.shape, weight.stride())
-                grads[index] = grad_weight.to(weight.dtype)
+                grads[index] = grad_weight
             return grad_x
 
         if plan.relu:
@@ -137,14 +143,12 @@ class _FoldedLayers(torch.autograd.Function):
                 break
             current = through(index, current, x, plan.geometries[index], needs_input)
             if current is not None and index > 0:
-                current = torch.ops.aten.threshold_backward(current, x, 0)
+                torch.ops.aten.threshold_backward.grad_input(current, x, 0, grad_input=current)
         grad_x = current if needs_x else None
         if plan.projection and (needs_x or needs_weights[-1]):
-            grad_shortcut = through(count - 1, at_end, inputs[0], plan.projection, needs_x)
-        else:
-            grad_shortcut = at_end if plan.adds_input else None
-        if grad_x is not None and grad_shortcut is not None:
-            grad_x = grad_x + grad_shortcut
+            grad_x = through(count - 1, at_end, inputs[0], plan.projection, needs_x, onto=grad_x)
+        elif plan.adds_input and grad_x is not None:
+            grad_x += at_end
         return None, None, grad_x, at_end if needs_residual else None, *grads
 
 
@@ -194,7 +198,7 @@ def _layer(
     if not _scales_late(weight, x.shape[0] * height * width):
         folded = scaled(weight, scale, x)
         return conv_bias_act(x, folded, shift, geometry, residual, relu=relu, reuse_residual=reuse_residual)
-    raw = F.conv2d(x, weight.to(x.dtype, memory_format=_memory_format(x)), None, *geometry)
+    raw = convolve(x, weight.to(x.dtype, memory_format=_memory_format(x)), geometry)
     out = torch.addcmul(shift[:, None, None], raw, scale[:, None, None])
     if residual is not None:
         out += residual
@@ -209,8 +213,18 @@ def _scales_late(weight: Tensor, pixels: int) -> bool:
 @torch.no_grad()
 def scaled(weight: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     """Return ``weight * scale`` per output channel, rounded once to the dtype and in the layout of ``like``."""
-    out = torch.empty_like(weight, dtype=like.dtype, memory_format=_memory_format(like))
-    return torch.mul(weight, scale[:, None, None, None], out=out)
+    factor, layout = scale[:, None, None, None], _memory_format(like)
+    if weight.device.type == "cpu" and weight.dtype != like.dtype:  # where an ``out`` of another dtype takes a detour
+        return (weight * factor).to(like.dtype, memory_format=layout)
+    return torch.mul(weight, factor, out=torch.empty_like(weight, dtype=like.dtype, memory_format=layout))
+
+
+def _scaled_gradient(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``grad * scale`` per output channel, for a gradient that nobody else needs."""
+    factor = scale[:, None, None, None]
+    if grad.device.type == "cpu" and dtype == scale.dtype:
+        return grad.to(dtype).mul_(factor)
+    return (grad * factor).to(dtype)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

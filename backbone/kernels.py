@@ -63,32 +63,6 @@ def conv_bias_act(
     return out.relu_() if relu else out
 
 
-def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of ``conv(x, weight)`` for its input and its weight, where they are needed."""
-    stride, padding, dilation, groups = geometry
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and _is_matrix_product(weight, geometry):
-        # oneDNN's bfloat16 backward of 1x1 convolutions is up to twice as slow as the matrix products it amounts to
-        rows_of_grad, rows_of_x, matrix = _rows(grad), _rows(x), weight.flatten(1)
-        batch, _, height, width = x.shape
-        grad_x = (rows_of_grad @ matrix).view(batch, height, width, -1).permute(0, 3, 1, 2) if needs_x else None
-        return grad_x, (rows_of_grad.T @ rows_of_x).view(weight.shape) if needs_weight else None
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (needs_x, needs_weight, False)
-    )
-    return grad_x, grad_weight
-
-
-def _is_matrix_product(weight: Tensor, geometry: Geometry) -> bool:
-    return weight.shape[2:] == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1), 1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N * H * W, C), without a copy in channels_last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
 def pack(weight: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
     """Return ``weight`` in the layout the device's kernel wants for inputs of the shape of ``x``.
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from benchmark_contenders import PEERS, Contender, builders_of, onnx_of, reference_contender, tensors_of
+from benchmark_contenders import PEERS, Contender, builders_of, gradient_of, onnx_of, reference_contender, tensors_of
 from benchmark_measures import Layer, count_layers, measure_machine, memory_of, paired_ratio, synchronize, time_rounds
 from benchmark_networks import (
     TIMM,
@@ -338,6 +338,7 @@ def origin_of(case: Case) -> dict[str, Any]:
 def forget() -> None:
     """Give back what the last case left, and let the next one compile for its own sizes."""
     images_of.cache_clear()
+    gradient_of.cache_clear()
     onnx_of.cache_clear()
     torch.compiler.reset()
     gc.collect()

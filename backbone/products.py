@@ -1,0 +1,115 @@
+"""The convolutions of training: matrix products where the CPU is quicker at those, torch's own kernels elsewhere.
+
+oneDNN's convolutions rearrange the weight or its gradient at every call. A product rearranges the activations, which
+is less where the weight is large against them, and a 1x1 convolution is a product anyway.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.kernels import Geometry, has_onednn
+
+
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Return ``conv(x, weight)``: features (N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
+    if _is_pointwise(weight, geometry) and _has_product(x):
+        seen = _every(x, geometry.stride)
+        return _image(_product(_rows(seen), weight.flatten(1).T), seen)
+    return F.conv2d(x, weight, None, *geometry)
+
+
+def conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    needs_x: bool,
+    needs_weight: bool,
+    onto: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of ``conv(x, weight)`` for its input and its weight, where they are needed.
+
+    Args:
+        grad: The gradient of the convolution's output.
+        x: The convolution's input.
+        weight: (C_out, C_in / groups, kh, kw) in the dtype of ``x``.
+        geometry: Stride, padding, dilation, groups.
+        needs_x: Whether the input's gradient is needed.
+        needs_weight: Whether the weight's is.
+        onto: A tensor like ``x``; the input's gradient is added to it, in place, and it is returned for that gradient.
+    """
+    stride, padding, dilation, groups = geometry
+    grad_x = grad_weight = None
+    if groups == 1 and _has_product(x):
+        if needs_weight and _is_quicker_as_product(weight, grad):
+            rows = _product(_rows(grad).T, _patches(x, weight, geometry))
+            grad_weight = rows.view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
+            needs_weight = False
+        if needs_x and _is_pointwise(weight, geometry):
+            grad_x = _image(_product(_rows(grad), weight.flatten(1)), grad)
+            if stride != (1, 1):  # the pixels between have no gradient
+                onto = torch.zeros_like(x) if onto is None else onto
+            needs_x = False
+    if needs_x or needs_weight:
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (needs_x, needs_weight, False)
+        )
+        grad_x, grad_weight = of_x if needs_x else grad_x, of_weight if needs_weight else grad_weight
+    if onto is None or grad_x is None:
+        return grad_x, grad_weight
+    target = onto if grad_x.shape == onto.shape else _every(onto, stride)
+    target += grad_x
+    return onto, grad_weight
+
+
+def _has_product(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.bfloat16) and has_onednn(x)
+
+
+def _is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
+    return weight.shape[2:] == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+
+
+def _is_quicker_as_product(weight: Tensor, grad: Tensor) -> bool:
+    """Whether a weight's gradient is, going by what has to be rearranged for either; measured on AVX-512."""
+    if grad.dtype == torch.bfloat16 and weight.shape[2:] == (1, 1):
+        return True
+    activations = grad.numel() // grad.shape[1] * (len(weight) + weight[0].numel())
+    return activations < 3 * weight.numel()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(M, K), (K, N) -> (M, N) by oneDNN. In float32 torch itself calls MKL, which is half as fast on AMD's CPUs."""
+    if a.dtype == torch.bfloat16:
+        return a @ b
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+    return out
+
+
+def _every(x: Tensor, stride: tuple[int, int]) -> Tensor:
+    """The pixels of (N, C, H, W) that a 1x1 convolution sees, as a view."""
+    return x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N * H * W, C), without a copy in channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    """(N * H * W, C) -> (N, C, H, W), channels_last, with N, H, W of ``like``."""
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _patches(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """(N, C, H, W) -> (N * H_out * W_out, kh * kw * C): what each pixel of the output sees."""
+    stride, padding, dilation, _ = geometry
+    if _is_pointwise(weight, geometry):
+        return _rows(_every(x, stride))
+    spans = [step * (size - 1) + 1 for step, size in zip(dilation, weight.shape[2:], strict=True)]
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    seen = x.unfold(1, spans[0], stride[0]).unfold(2, spans[1], stride[1])[..., :: dilation[0], :: dilation[1]]
+    return seen.permute(0, 1, 2, 4, 5, 3).reshape(-1, weight[0].numel())

@@ -1,0 +1,83 @@
+"""The convolutions of training, by either way, against autograd's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from torch import Tensor
+
+from backbone import products
+from backbone.kernels import Geometry
+from backbone.products import conv_backward, convolve
+
+LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+GEOMETRIES = {
+    "1x1": (1, Geometry((1, 1), (0, 0), (1, 1), 1)),
+    "1x1, stride 2": (1, Geometry((2, 2), (0, 0), (1, 1), 1)),
+    "1x1, padded": (1, Geometry((1, 1), (1, 1), (1, 1), 1)),
+    "1x1, grouped": (1, Geometry((2, 2), (0, 0), (1, 1), 4)),
+    "3x3": (3, Geometry((1, 1), (1, 1), (1, 1), 1)),
+    "3x3, strides 2 and 1": (3, Geometry((2, 1), (1, 1), (1, 1), 1)),
+    "3x3, dilated": (3, Geometry((1, 1), (2, 3), (2, 3), 1)),
+    "3x3, grouped": (3, Geometry((1, 1), (1, 1), (1, 1), 4)),
+}
+
+
+@pytest.fixture(params=[(1, 1), (9, 7)], ids=["1x1 image", "9x7 image"])  # large and small weights against activations
+def size(request: pytest.FixtureRequest) -> tuple[int, int]:
+    found: tuple[int, int] = request.param
+    return found
+
+
+@pytest.fixture(params=LIMITS, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
+def make(name: str, size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Geometry]:
+    """An input, a weight, a gradient of the output, and the geometry."""
+    kernel, geometry = GEOMETRIES[name]
+    x = torch.randn(2, 16, *size).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(24, 16 // geometry.groups, kernel, kernel).to(dtype)
+    return x, weight, torch.randn_like(F.conv2d(x, weight, None, *geometry)), geometry
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_forward(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight, _, geometry = make(name, size, dtype)
+    actual = convolve(x, weight, geometry)
+    assert actual.dtype == dtype
+    assert relative_error(actual.double(), F.conv2d(x.double(), weight.double(), None, *geometry)) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["", "onto"])
+@pytest.mark.parametrize(("needs_x", "needs_weight"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_gradients(
+    name: str, needs_x: bool, needs_weight: bool, adds: bool, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x, weight, grad, geometry = make(name, size, dtype)
+    onto = torch.randn_like(x) if adds else None
+    wanted = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    of_x, of_weight = torch.autograd.grad(F.conv2d(*wanted, None, *geometry), wanted, grad.double())
+    if onto is not None:
+        of_x = of_x + onto.double()
+    actual = conv_backward(grad, x, weight, geometry, needs_x=needs_x, needs_weight=needs_weight, onto=onto)
+    if needs_x and onto is not None:
+        assert actual[0] is onto
+    for needed, ours, expected in zip((needs_x, needs_weight), actual, (of_x, of_weight), strict=True):
+        assert (ours is not None) is needed
+        if ours is not None:
+            assert ours.dtype == dtype
+            assert relative_error(ours.double(), expected) <= LIMITS[dtype]
+
+
+def test_a_large_weight_goes_by_products_and_a_small_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, ...]] = []
+    plain = products._product
+    monkeypatch.setattr(products, "_product", lambda a, b: (taken.append((len(a), b.shape[1])), plain(a, b))[1])
+    for size in [(1, 1), (16, 16)]:
+        x, weight, grad, geometry = make("3x3", size, torch.float32)
+        conv_backward(grad, x, weight, geometry, needs_x=True, needs_weight=True)
+    assert taken == [(24, 9 * 16)]
