@@ -54,7 +54,7 @@ def conv_norm_act(
     if isinstance(conv, FoldedConv2d) and (isinstance(norm, nn.Identity) or (ends_in_relu and residual is None)):
         return conv.fused(x, residual, relu=relu or ends_in_relu, reuse_residual=reuse_residual)
     layer = (conv, norm)
-    if not _is_fusable(layer, x, before_relu=residual is None):
+    if _is_seen_through(x) or not _is_frozen_layer(layer, x, before_relu=residual is None):
         out: Tensor = norm(conv(x))
         if residual is not None:
             out = out + residual
@@ -83,10 +83,11 @@ def residual_block(
     watched = projection is not None and is_watched(projection)
     known = projection is None or len(projection) == 2  # noqa: PLR2004
     checked = (*layers, *shortcut) if torch.is_grad_enabled() and known and not watched else ()
-    frozen = [layer for layer in checked if _is_fusable(layer, x)]
+    seen_through = bool(checked) and _is_seen_through(x)
+    frozen = [] if seen_through else [layer for layer in checked if _is_frozen_layer(layer, x)]
     if len(frozen) == len(layers) + len(shortcut):
         x = x.to(_compute_dtype(x))
-        if _needs_grad(x, *(conv.weight for conv, _ in frozen)):
+        if _needs_grad(x, *[conv.weight for conv, _ in frozen]):
             return with_gradient(x, None, frozen[: len(layers)], frozen[len(layers) :])
     out = x
     for conv, norm in layers[:-1]:
@@ -102,11 +103,16 @@ def blocks_in_row(blocks: Iterable[nn.Module], fused: tuple[type[nn.Module], ...
     """Return what ``blocks`` make of ``x`` one after the other.
 
     Those of the classes ``fused`` are told to reuse their input where it is nothing but the output of another of them:
-    nobody else has it, unless someone watches a module of either. Only the CPU's kernel makes use of it.
+    nobody else has it, unless someone watches a module of either. Only the CPU's kernel without gradients makes use of it.
     """
     last_was_unseen = False
     for block in blocks:
-        is_unseen = x.device.type == "cpu" and isinstance(block, fused) and not any(map(is_watched, block.modules()))
+        is_unseen = (
+            not x.requires_grad
+            and x.device.type == "cpu"
+            and isinstance(block, fused)
+            and not any(map(is_watched, block.modules()))
+        )
         x = block(x, reuse_input=True) if is_unseen and last_was_unseen else block(x)
         last_was_unseen = is_unseen
     return x
@@ -227,21 +233,21 @@ def _ending(norm: nn.Module) -> type[nn.Module] | None:
     return None if any(map(is_watched, norm.children())) else type(norm.remainder())
 
 
-def _is_fusable(layer: Layer, x: Tensor, *, before_relu: bool = False) -> TypeGuard[FrozenLayer]:
+def _is_frozen_layer(layer: Layer, x: Tensor, *, before_relu: bool = False) -> TypeGuard[FrozenLayer]:
     """Whether nobody would notice that convolution and norm are not called; ``before_relu``: nor a ReLU in the norm."""
     conv, norm = layer
+    if type(conv) is not nn.Conv2d or not isinstance(norm, FrozenBatchNorm2d):  # a parametrized one is of another class
+        return False
+    weight = conv.weight
     return (
-        type(conv) is nn.Conv2d  # a parametrized convolution is of another class
-        and isinstance(norm, FrozenBatchNorm2d)
-        and _ending(norm) in ((nn.Identity, nn.ReLU) if before_relu else (nn.Identity,))
-        and not _is_seen_through(x)
-        and conv.bias is None
+        conv.bias is None
+        and type(weight) in (Tensor, nn.Parameter)
+        and (x.dtype == weight.dtype or _autocasts(x))
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and (x.dtype == conv.weight.dtype or _autocasts(x))
-        and type(conv.weight) in (Tensor, nn.Parameter)
         and not is_watched(conv)
         and not is_watched(norm)
+        and _ending(norm) in ((nn.Identity, nn.ReLU) if before_relu else (nn.Identity,))
     )
 
 
@@ -261,12 +267,13 @@ def _is_seen_through(x: Tensor) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a hook would see this module's inputs or outputs."""
+    state = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # replaced on this very object
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state  # replaced on this very object
         or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 

@@ -59,8 +59,9 @@ def test_gradients(
 ) -> None:
     x, weight, grad, geometry = make(name, size, dtype)
     onto = torch.randn_like(x) if adds else None
-    wanted = [tensor.double().requires_grad_() for tensor in (x, weight)]
-    of_x, of_weight = torch.autograd.grad(F.conv2d(*wanted, None, *geometry), wanted, grad.double())
+    leaf_x, leaf_weight = (tensor.double().requires_grad_() for tensor in (x, weight))
+    output = F.conv2d(leaf_x, leaf_weight, None, *geometry)
+    of_x, of_weight = torch.autograd.grad(output, (leaf_x, leaf_weight), grad.double())
     if onto is not None:
         of_x = of_x + onto.double()
     actual = conv_backward(grad, x, weight, geometry, needs_x=needs_x, needs_weight=needs_weight, onto=onto)
@@ -74,10 +75,14 @@ def test_gradients(
 
 
 def test_a_large_weight_goes_by_products_and_a_small_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[int, ...]] = []
-    plain = products._product
-    monkeypatch.setattr(products, "_product", lambda a, b: (taken.append((len(a), b.shape[1])), plain(a, b))[1])
+    shapes: list[tuple[int, int]] = []
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        shapes.append((len(a), b.shape[1]))
+        return a @ b
+
+    monkeypatch.setattr(products, "_product", watched)
     for size in [(1, 1), (16, 16)]:
         x, weight, grad, geometry = make("3x3", size, torch.float32)
         conv_backward(grad, x, weight, geometry, needs_x=True, needs_weight=True)
-    assert taken == [(24, 9 * 16)]
+    assert shapes == [(24, 9 * 16)]
