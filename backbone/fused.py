@@ -103,7 +103,8 @@ def blocks_in_row(blocks: Iterable[nn.Module], fused: tuple[type[nn.Module], ...
     """Return what ``blocks`` make of ``x`` one after the other.
 
     Those of the classes ``fused`` are told to reuse their input where it is nothing but the output of another of them:
-    nobody else has it, unless someone watches a module of either. Only the CPU's kernel without gradients makes use of it.
+    nobody else has it, unless someone watches a module of either. Only the CPU's kernel makes use of it, and only where
+    no gradient is needed.
     """
     last_was_unseen = False
     for block in blocks:
