@@ -333,6 +333,7 @@ EVENTS: dict[str, Callable[[Backbone], Backbone]] = {
     "in-place on the weight": edit(lambda model: model.get_parameter("conv1.weight").mul_(2)),
     "in-place on statistics": edit(lambda model: model.get_buffer("layer1.0.bn2.running_var").mul_(2)),
     "in-place on one bias": edit(lambda model: model.get_parameter("bn1.bias")[3].add_(1)),
+    "a norm's value through .data": edit(lambda model: model.get_parameter("layer2.0.bn3.bias").data[77:78].add_(1)),
     "channels through .data": edit(lambda model: model.get_parameter("layer2.0.conv2.weight").data[:, 7:40].mul_(3)),
     "through .data": edit(lambda model: model.get_parameter("layer2.0.conv3.weight").data.mul_(2)),
     "an EMA through .data": edit(lambda model: [p.data.mul_(0.5) for p in model.parameters()]),
