@@ -9,7 +9,7 @@ from typing import Final, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from backbone.fused import FoldedConv2d
+from backbone.fused import FoldedConv2d, QuickLinear
 from backbone.graphs import GraphedExtractor
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, has_frozen_form
 
@@ -28,17 +28,20 @@ class Optimization:
         kept: Names of norm layers that stay, because they depend on the input (GroupNorm and the like) or follow
             no convolution.
         dtype: What the backbone computes in.
+        linear: Number of linear layers that run by oneDNN in float32 on the CPU.
     """
 
     folded: int
     prepared: int
     kept: tuple[str, ...]
     dtype: torch.dtype
+    linear: int = 0
 
     def __str__(self) -> str:
         kept = f"; kept {len(self.kept)} norms ({', '.join(self.kept[:3])}, ...)" if self.kept else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"folded {self.folded} norms, prepared {self.prepared} other convolutions, computes in {dtype}{kept}"
+        others = f"{self.prepared} other convolutions and {self.linear} linear layers"
+        return f"folded {self.folded} norms, prepared {others}, computes in {dtype}{kept}"
 
 
 def optimize_for_inference(
@@ -46,9 +49,9 @@ def optimize_for_inference(
 ) -> nn.Module:
     """Return a copy of ``model`` in eval mode that gives the same outputs faster; ``model`` stays as it is.
 
-    Batch norms, frozen or not, are folded into the convolution before them, each block ends in one fused kernel, and
-    weights are packed for the CPU. It takes a bare backbone, a backbone with its pyramid, or a whole detector whose
-    feature extractor is its ``backbone`` attribute (torchvision, detectron2, transformers).
+    Batch norms, frozen or not, are folded into the convolution before them, each block ends in one fused kernel, and on
+    the CPU weights are packed and linear layers run by oneDNN. It takes a bare backbone, a backbone with its pyramid,
+    or a whole detector whose feature extractor is its ``backbone`` attribute (torchvision, detectron2, transformers).
 
     Args:
         model: The model, with its final weights.
@@ -70,6 +73,9 @@ def optimize_for_inference(
     before = next((parameter.dtype for parameter in extractor.parameters()), torch.float32)
     folded = sum(_fold_norms(module) for module in model.modules())
     prepared = _prepare(model)
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    for layer in layers:
+        layer.__class__ = QuickLinear
     if dtype is not None:
         extractor.to(dtype)
         if extractor is not model:
@@ -80,7 +86,7 @@ def optimize_for_inference(
     elif cuda_graphs:
         model.backbone = GraphedExtractor(extractor)
     kept = tuple(name for name, module in model.named_modules() if _is_norm(module))
-    model.optimization = Optimization(folded, prepared, kept, dtype or before)  # type: ignore[assignment]
+    model.optimization = Optimization(folded, prepared, kept, dtype or before, len(layers))  # type: ignore[assignment]
     _log.info("%s: %s", type(model).__name__, model.optimization)
     return model
 

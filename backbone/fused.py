@@ -10,7 +10,7 @@ it never needs a pass over activations. ``conv_norm_act`` picks, per call,
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self, TypeAlias, TypeGuard
+from typing import Any, Final, Self, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from backbone.gradient import FrozenLayer, scaled, with_gradient
 from backbone.kept import unless_changed
-from backbone.kernels import Geometry, conv_bias_act, layout_depends_on, pack
+from backbone.kernels import Geometry, conv_bias_act, has_onednn, layout_depends_on, pack
 from backbone.norm import FrozenBatchNorm2d, is_frozen_form
+from backbone.products import HAS_LINEAR, linear
 from backbone.winograd import WinogradConv, suits
 
 Layer: TypeAlias = tuple[nn.Module, nn.Module]
@@ -125,6 +126,17 @@ def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, like: Tensor) -> tuple[Tensor
     return scaled(conv.weight.detach(), scale, like), shift.to(like.dtype)
 
 
+_PATIENCE: Final = 8  # calls of smaller shapes in a row
+_UNPREPARED: Final = {
+    "_prepared_shape": None,
+    "_prepared_values": None,
+    "_prepared_size": 0,
+    "_passed_over": 0,
+    "_packed": None,
+    "_winograd": None,
+}
+
+
 class FoldedConv2d(nn.Conv2d):
     """A convolution that carries its norm in weight and bias, for inference.
 
@@ -136,7 +148,10 @@ class FoldedConv2d(nn.Conv2d):
         bias: The norm's shift.
     """
 
-    _prepared_state: object
+    _prepared_shape: object
+    _prepared_values: object
+    _prepared_size: int
+    _passed_over: int
     _packed: Tensor | None
     _winograd: WinogradConv | None
 
@@ -167,31 +182,40 @@ class FoldedConv2d(nn.Conv2d):
             out = F.conv2d(x, weight, bias, *self.geometry)
             out = out if residual is None else out + residual
             return F.relu(out) if relu else out
-        self._prepare_for(x, weight, bias)
-        if self._winograd is not None and residual is None:
+        is_prepared = self._prepare_for(x, weight, bias)
+        if is_prepared and self._winograd is not None and residual is None:
             return self._winograd(x, relu=relu)
-        best = weight if self._packed is None else self._packed
+        best = self._packed if is_prepared and self._packed is not None else weight
         return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
-    def _prepare_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-        """Pack the weight once a shape comes twice in a row, and consider Winograd when it comes again.
+    def _prepare_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+        """Pack the weight once a shape comes twice, consider Winograd when it comes again; return whether it came.
 
-        Both pay only where shapes repeat; a detector whose images all differ runs on the plain weight.
+        Both pay only where shapes repeat; a detector whose images all differ runs on the plain weight. A smaller shape
+        takes over only after some calls in a row: a head that all levels of a pyramid share is prepared for the finest.
         """
-        state = (
-            layout_depends_on(x),
+        shape = layout_depends_on(x)
+        values = (
             torch.backends.mkldnn.enabled,
             *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (weight, bias)),
         )
-        if self._prepared_state != state:
-            self._prepared_state, self._packed, self._winograd = state, None, None
+        came = self._prepared_shape == shape and self._prepared_values == values
+        if not came:
+            self._passed_over += 1
+            is_smaller = x.numel() < self._prepared_size and self._prepared_values == values
+            if is_smaller and self._passed_over <= _PATIENCE:
+                return False
+            self._forget()
+            self._prepared_shape, self._prepared_values, self._prepared_size = shape, values, x.numel()
             if x.device.type == "cpu":
-                return
+                return False
+        self._passed_over = 0
         if self._packed is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._packed = pack(weight, self.geometry, x)
         elif self._winograd is None and suits(x, weight, self.geometry):
             self._winograd = WinogradConv(weight, bias, x)
+        return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forget()
@@ -202,11 +226,25 @@ class FoldedConv2d(nn.Conv2d):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _forget(self) -> None:
-        self._prepared_state = self._packed = self._winograd = None
+        self.__dict__.update(_UNPREPARED)
 
     def __getstate__(self) -> dict[str, Any]:
-        # what is prepared can be neither copied nor pickled
-        return {**self.__dict__, "_prepared_state": None, "_packed": None, "_winograd": None}
+        return {**self.__dict__, **_UNPREPARED}  # what is prepared can be neither copied nor pickled
+
+
+class QuickLinear(nn.Linear):
+    """A linear layer for inference, which runs by oneDNN where that is the quicker library.
+
+    ``optimize_for_inference`` makes every ``nn.Linear`` one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        weight, bias = self.weight, self.bias
+        plain = not HAS_LINEAR or x.dtype != torch.float32 or weight.dtype != torch.float32 or not has_onednn(x)
+        if plain or _autocasts(x) or _is_seen_through(x) or _needs_grad(x, weight, bias):
+            return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -235,7 +273,10 @@ def _ending(norm: nn.Module) -> type[nn.Module] | None:
 
 
 def _is_frozen_layer(layer: Layer, x: Tensor, *, before_relu: bool = False) -> TypeGuard[FrozenLayer]:
-    """Whether nobody would notice that convolution and norm are not called; ``before_relu``: nor a ReLU in the norm."""
+    """Whether nobody would notice that convolution and norm are not called; ``before_relu``: nor a ReLU in the norm.
+
+    In a call that is not seen through (``_is_seen_through``).
+    """
     conv, norm = layer
     if type(conv) is not nn.Conv2d or not isinstance(norm, FrozenBatchNorm2d):  # a parametrized one is of another class
         return False

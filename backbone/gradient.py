@@ -213,7 +213,7 @@ def _scales_late(weight: Tensor, pixels: int) -> bool:
 def scaled(weight: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     """Return ``weight * scale`` per output channel, rounded once to the dtype and in the layout of ``like``."""
     factor, layout = scale[:, None, None, None], _memory_format(like)
-    if weight.dtype == like.dtype and weight.is_contiguous(memory_format=layout):
+    if weight.dtype == like.dtype == scale.dtype and weight.is_contiguous(memory_format=layout):
         return weight * factor
     if weight.device.type == "cpu" and weight.dtype != like.dtype:  # where an ``out`` of another dtype takes a detour
         return (weight * factor).to(like.dtype, memory_format=layout)

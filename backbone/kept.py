@@ -2,12 +2,11 @@
 
 A folded weight costs a pass over the weight; making it once is worth little if it can ever be out of date. A result is
 used again only if every tensor it came from is the same object, at the same address, with the same version counter,
-in the same generation of its norm, and, on the CPU, with the same values (of a large tensor, at 64 places). On CUDA,
-where a look would wait for the device and a fused optimizer moves no version counter, nothing that trains is kept at
-all.
+in the same generation of its norm, and, on the CPU, with the same values (of a norm all, of a weight 64). On CUDA,
+where a look would wait for the device and a fused optimizer moves no version counter, nothing that trains is kept.
 
-One edit goes unseen: a few values of a large weight changed through ``.data``, or any number of a frozen weight on
-CUDA. Write under ``torch.no_grad()`` instead, or call ``train()`` and ``eval()`` after it.
+One edit goes unseen: a few values of a weight changed through ``.data``, or any number of a frozen weight on CUDA.
+Write under ``torch.no_grad()`` instead, or call ``train()`` and ``eval()`` after it.
 """
 
 import functools
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from backbone.norm import FrozenBatchNorm2d
 
-_WHOLE: Final = 4096  # a tensor of so many values is compared as it is, as every norm's are
 _SAMPLES: Final = 64
 
 
@@ -82,8 +80,7 @@ def unless_changed(
 
 def _sample(tensor: Tensor) -> Tensor:
     """Values all over ``tensor``: an edit through ``.data`` changes them, though it moves no version counter."""
-    size = tensor.numel()
-    return tensor if size <= _WHOLE else torch.take(tensor.detach(), _places(size))
+    return tensor if tensor.ndim == 1 else torch.take(tensor.detach(), _places(tensor.numel()))
 
 
 @functools.cache

@@ -4,11 +4,18 @@ oneDNN's convolutions rearrange the weight or its gradient at every call. A prod
 is less where the weight is large against them, and a 1x1 convolution is a product anyway.
 """
 
+from typing import Any, Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.kernels import Geometry, has_onednn
+
+# oneDNN has other kernels for other CPUs, on which nobody has measured
+HAS_LINEAR: Final = (
+    hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -17,6 +24,12 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         seen = _every(x, geometry.stride)
         return _image(_product(_rows(seen), weight.flatten(1).T), seen)
     return F.conv2d(x, weight, None, *geometry)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias`` for float32 on the CPU by oneDNN; torch calls MKL, half as fast on AMD's CPUs."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
 
 
 def conv_backward(
@@ -56,7 +69,10 @@ def conv_backward(
         of_x, of_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (needs_x, needs_weight, False)
         )
-        grad_x, grad_weight = of_x if needs_x else grad_x, of_weight if needs_weight else grad_weight
+        if needs_x:
+            grad_x = of_x
+        if needs_weight:
+            grad_weight = of_weight
     if onto is None or grad_x is None:
         return grad_x, grad_weight
     target = onto if grad_x.shape == onto.shape else _every(onto, stride)
@@ -65,7 +81,13 @@ def conv_backward(
 
 
 def _has_product(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.bfloat16) and has_onednn(x)
+    """Whether products of ``x`` are known to be quick, and are as precise as the convolutions they stand in for."""
+    if not has_onednn(x):
+        return False
+    if x.dtype == torch.bfloat16:
+        return True
+    mkldnn: Any = torch.backends.mkldnn
+    return x.dtype == torch.float32 and HAS_LINEAR and bool(mkldnn.matmul.fp32_precision == mkldnn.conv.fp32_precision)
 
 
 def _is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
@@ -73,19 +95,16 @@ def _is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _is_quicker_as_product(weight: Tensor, grad: Tensor) -> bool:
-    """Whether a weight's gradient is, going by what has to be rearranged for either; measured on AVX-512."""
+    """Whether a weight's gradient is quicker as a product, which rearranges activations in place of the weight."""
     if grad.dtype == torch.bfloat16 and weight.shape[2:] == (1, 1):
         return True
     activations = grad.numel() // grad.shape[1] * (len(weight) + weight[0].numel())
-    return activations < 3 * weight.numel()
+    return activations < 3 * weight.numel()  # measured on AVX-512
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K), (K, N) -> (M, N) by oneDNN. In float32 torch itself calls MKL, which is half as fast on AMD's CPUs."""
-    if a.dtype == torch.bfloat16:
-        return a @ b
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-    return out
+    """(M, K), (K, N) -> (M, N) by oneDNN."""
+    return a @ b if a.dtype == torch.bfloat16 else linear(a, b.T, None)
 
 
 def _every(x: Tensor, stride: tuple[int, int]) -> Tensor:
@@ -94,8 +113,8 @@ def _every(x: Tensor, stride: tuple[int, int]) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N * H * W, C), without a copy in channels_last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    """(N, C, H, W) -> (N * H * W, C), contiguous, without a copy in channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
 def _image(rows: Tensor, like: Tensor) -> Tensor:
@@ -110,6 +129,8 @@ def _patches(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if _is_pointwise(weight, geometry):
         return _rows(_every(x, stride))
     spans = [step * (size - 1) + 1 for step, size in zip(dilation, weight.shape[2:], strict=True)]
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    x = x.permute(0, 2, 3, 1)
+    if padding != (0, 0):
+        x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     seen = x.unfold(1, spans[0], stride[0]).unfold(2, spans[1], stride[1])[..., :: dilation[0], :: dilation[1]]
     return seen.permute(0, 1, 2, 4, 5, 3).reshape(-1, weight[0].numel())

@@ -83,7 +83,7 @@ def test_group_norms_are_kept_and_named() -> None:
 def test_it_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="backbone"):
         optimize_for_inference(trained())
-    assert "folded 20 norms, prepared 0 other convolutions, computes in float32" in caplog.text
+    assert "folded 20 norms, prepared 0 other convolutions and 0 linear layers, computes in float32" in caplog.text
 
 
 @pytest.mark.parametrize("copying", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -266,11 +266,46 @@ def test_a_detector_in_bfloat16_keeps_its_heads_in_float() -> None:
 def test_a_shape_that_comes_again_may_take_another_path_to_the_same_features() -> None:
     model = trained("resnet50", norm="frozen_bn").eval()
     fast = optimize_for_inference(model)
-    for size in [(160, 224)] * 3 + [(161, 131)] * 3 + [(160, 224)]:
-        images = torch.randn(1, 3, *size)
-        actual, expected = fast(images), model(images)
-        assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
-    assert getattr(fast.get_submodule("layer3.1.conv2"), "_winograd", None) is None  # another shape: direct again
+    wide: Any = fast.get_submodule("layer3.1.conv2")
+    found = []
+    for size, times in {(192, 256): 3, (160, 256): 8, (129, 256): 3, (224, 256): 2}.items():
+        for _ in range(times):
+            images = torch.randn(1, 3, *size)
+            actual, expected = fast(images), model(images)
+            assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
+        found.append((wide._prepared_shape, wide._winograd is not None))
+    first, patient, later, larger = found
+    assert first == patient == (torch.Size((1, 256, 12, 16)), True)  # a few smaller images change nothing
+    assert later == (torch.Size((1, 256, 9, 16)), True)
+    assert larger == (torch.Size((1, 256, 14, 16)), False)
+
+
+@torch.no_grad()
+def test_a_head_shared_between_levels_is_prepared_for_the_finest() -> None:
+    head = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
+    fast: Any = optimize_for_inference(head)
+    for _ in range(3):
+        for size in (32, 16, 8, 4):
+            x = torch.randn(1, 128, size, size)
+            assert relative_error(fast(x), head(x)) <= 1e-5
+    assert fast[0]._prepared_shape[-1] == 32
+    assert fast[0]._winograd is not None
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_stay_the_same(shape: tuple[int, ...], bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(5, 4, bias=bias))
+    fast: Any = optimize_for_inference(model)
+    x = torch.randn(shape).transpose(0, -1).contiguous().transpose(0, -1)  # rows that are not contiguous
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+    assert fast.optimization.linear == 1
+    assert fast.double()(x.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast.float()(x).dtype == torch.bfloat16
+    leaf = x.requires_grad_()
+    fast(leaf).sum().backward()
+    assert leaf.grad is not None
 
 
 @torch.no_grad()

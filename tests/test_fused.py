@@ -99,6 +99,63 @@ def test_gradients_are_exact_in_double_precision(needs: str) -> None:
     assert torch.autograd.gradcheck(operation, (x, conv.weight, residual))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("in_channels", "stride"), [(32, 1), (16, 1), (16, 2)])
+@pytest.mark.parametrize("size", [(9, 13), (1, 1), (2, 31)])
+def test_backward_leaves_what_it_was_given_alone(
+    size: tuple[int, int], in_channels: int, stride: int, layout: str
+) -> None:
+    block = Bottleneck(in_channels, 8, 32, stride, 1, 1, False, FrozenBatchNorm2d)
+    randomise_norms(block)
+    x = torch.randn(1, in_channels, *size).to(memory_format=LAYOUTS[layout]).requires_grad_()
+    inputs = [x, *(parameter for parameter in block.parameters() if parameter.ndim == 4)]
+    output = block(x)
+    grad = torch.randn(1, 32, 1, 1).expand_as(output)  # dense in no layout
+    kept = grad.clone(), x.detach().clone(), output.detach().clone()
+    first = torch.autograd.grad(output, inputs, grad, retain_graph=True)
+    second = torch.autograd.grad(output, inputs, grad)
+    assert all(map(torch.equal, (grad, x, output), kept))
+    with unfused():
+        expected = torch.autograd.grad(block(x), inputs, grad)
+    for ours, again, plain in zip(first, second, expected, strict=True):
+        assert torch.equal(ours, again)
+        assert relative_error(ours, plain) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("settings", CONVOLUTIONS)
+def test_parameters_in_bfloat16_equal_plain_pytorch(settings: str, layout: str) -> None:
+    conv, norm = (module.bfloat16() for module in conv_and_norm(CONVOLUTIONS[settings]))
+    x = torch.randn(2, 16, 9, 13).to(torch.bfloat16, memory_format=LAYOUTS[layout]).requires_grad_()
+
+    def answers() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            features = conv_norm_act(x, conv, norm)
+        output = conv_norm_act(x, conv, norm)
+        return features, output, *torch.autograd.grad(output.square().sum(), (x, conv.weight))
+
+    with unfused():
+        expected = answers()
+    for actual, plain in zip(answers(), expected, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert relative_error(actual.float(), plain.float()) <= 3e-2
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_the_precision_of_matrix_products_is_not_that_of_convolutions(precision: str) -> None:
+    conv, norm = conv_and_norm({"kernel_size": 1}, channels=64)
+    x = torch.randn(1, 64, 2, 3, requires_grad=True)
+    with unfused():
+        expected = torch.autograd.grad(conv_norm_act(x, conv, norm).sum(), (x, conv.weight))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        actual = torch.autograd.grad(conv_norm_act(x, conv, norm).sum(), (x, conv.weight))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(relative_error(ours, plain) <= 1e-5 for ours, plain in zip(actual, expected, strict=True))
+
+
 def trainable_subsets(count: int) -> list[tuple[bool, ...]]:
     return [subset for subset in itertools.product([False, True], repeat=count) if any(subset)]
 

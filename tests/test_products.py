@@ -13,6 +13,7 @@ from backbone.products import conv_backward, convolve
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 GEOMETRIES = {
     "1x1": (1, Geometry((1, 1), (0, 0), (1, 1), 1)),
+    "1x1, strides 2 and 1": (1, Geometry((2, 1), (0, 0), (1, 1), 1)),
     "1x1, stride 2": (1, Geometry((2, 2), (0, 0), (1, 1), 1)),
     "1x1, padded": (1, Geometry((1, 1), (1, 1), (1, 1), 1)),
     "1x1, grouped": (1, Geometry((2, 2), (0, 0), (1, 1), 4)),
@@ -23,9 +24,9 @@ GEOMETRIES = {
 }
 
 
-@pytest.fixture(params=[(1, 1), (9, 7)], ids=["1x1 image", "9x7 image"])  # large and small weights against activations
-def size(request: pytest.FixtureRequest) -> tuple[int, int]:
-    found: tuple[int, int] = request.param
+@pytest.fixture(params=[(1, 1, 1), (1, 2, 9), (2, 9, 7)], ids=str)  # large and small weights against activations
+def size(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+    found: tuple[int, int, int] = request.param
     return found
 
 
@@ -35,16 +36,17 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return found
 
 
-def make(name: str, size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Geometry]:
-    """An input, a weight, a gradient of the output, and the geometry."""
+def make(name: str, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Geometry]:
+    """An input, a weight, a gradient of the output that is dense in no layout, and the geometry."""
     kernel, geometry = GEOMETRIES[name]
-    x = torch.randn(2, 16, *size).to(dtype, memory_format=torch.channels_last)
+    x = torch.randn(size[0], 16, *size[1:]).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(24, 16 // geometry.groups, kernel, kernel).to(dtype)
-    return x, weight, torch.randn_like(F.conv2d(x, weight, None, *geometry)), geometry
+    output = F.conv2d(x, weight, None, *geometry)
+    return x, weight, torch.randn_like(output.repeat(1, 2, 1, 1))[:, ::2], geometry
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_forward(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_values_equal_a_convolutions(name: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, weight, _, geometry = make(name, size, dtype)
     actual = convolve(x, weight, geometry)
     assert actual.dtype == dtype
@@ -54,8 +56,8 @@ def test_forward(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("adds", [False, True], ids=["", "onto"])
 @pytest.mark.parametrize(("needs_x", "needs_weight"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_gradients(
-    name: str, needs_x: bool, needs_weight: bool, adds: bool, size: tuple[int, int], dtype: torch.dtype
+def test_gradients_equal_autograds(
+    name: str, needs_x: bool, needs_weight: bool, adds: bool, size: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     x, weight, grad, geometry = make(name, size, dtype)
     onto = torch.randn_like(x) if adds else None
@@ -82,7 +84,7 @@ def test_a_large_weight_goes_by_products_and_a_small_one_does_not(monkeypatch: p
         return a @ b
 
     monkeypatch.setattr(products, "_product", watched)
-    for size in [(1, 1), (16, 16)]:
+    for size in [(1, 1, 1), (1, 16, 16)]:
         x, weight, grad, geometry = make("3x3", size, torch.float32)
         conv_backward(grad, x, weight, geometry, needs_x=True, needs_weight=True)
     assert shapes == [(24, 9 * 16)]

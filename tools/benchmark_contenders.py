@@ -110,7 +110,7 @@ def inference(
 
 
 def training(case: Case, name: str, network: nn.Module, call: Callable[..., object]) -> Contender:
-    """Make a contender of one training step without the optimizer; stem and C2 are frozen."""
+    """Make a contender of forward and backward, from given gradients of the features; stem and C2 are frozen."""
     images = images_of(case)
     trainable = trainable_names(case.name)
     names = {} if case.name.startswith(TIMM) else {to_detectron2(key): key for key in trainable}
@@ -135,7 +135,7 @@ def training(case: Case, name: str, network: nn.Module, call: Callable[..., obje
     return contender
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def gradient_of(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What arrives from a pyramid's convolutions: dense, channels_last. A loss here would be timed with the step."""
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
