@@ -87,7 +87,8 @@ def _has_product(x: Tensor) -> bool:
     if x.dtype == torch.bfloat16:
         return True
     mkldnn: Any = torch.backends.mkldnn
-    return x.dtype == torch.float32 and HAS_LINEAR and bool(mkldnn.matmul.fp32_precision == mkldnn.conv.fp32_precision)
+    is_precise = mkldnn.matmul.fp32_precision in ("none", "ieee", mkldnn.conv.fp32_precision)
+    return x.dtype == torch.float32 and HAS_LINEAR and is_precise
 
 
 def _is_pointwise(weight: Tensor, geometry: Geometry) -> bool:

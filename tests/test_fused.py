@@ -141,21 +141,6 @@ def test_parameters_in_bfloat16_equal_plain_pytorch(settings: str, layout: str) 
         assert relative_error(actual.float(), plain.float()) <= 3e-2
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_the_precision_of_matrix_products_is_not_that_of_convolutions(precision: str) -> None:
-    conv, norm = conv_and_norm({"kernel_size": 1}, channels=64)
-    x = torch.randn(1, 64, 2, 3, requires_grad=True)
-    with unfused():
-        expected = torch.autograd.grad(conv_norm_act(x, conv, norm).sum(), (x, conv.weight))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        actual = torch.autograd.grad(conv_norm_act(x, conv, norm).sum(), (x, conv.weight))
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert all(relative_error(ours, plain) <= 1e-5 for ours, plain in zip(actual, expected, strict=True))
-
-
 def trainable_subsets(count: int) -> list[tuple[bool, ...]]:
     return [subset for subset in itertools.product([False, True], repeat=count) if any(subset)]
 

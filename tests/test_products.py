@@ -76,7 +76,9 @@ def test_gradients_equal_autograds(
             assert relative_error(ours.double(), expected) <= LIMITS[dtype]
 
 
-def test_a_large_weight_goes_by_products_and_a_small_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The shapes of the products that were taken."""
     shapes: list[tuple[int, int]] = []
 
     def watched(a: Tensor, b: Tensor) -> Tensor:
@@ -84,7 +86,26 @@ def test_a_large_weight_goes_by_products_and_a_small_one_does_not(monkeypatch: p
         return a @ b
 
     monkeypatch.setattr(products, "_product", watched)
+    monkeypatch.setattr(products, "HAS_LINEAR", True)
+    return shapes
+
+
+def test_a_large_weight_goes_by_products_and_a_small_one_does_not(taken: list[tuple[int, int]]) -> None:
     for size in [(1, 1, 1), (1, 16, 16)]:
         x, weight, grad, geometry = make("3x3", size, torch.float32)
         conv_backward(grad, x, weight, geometry, needs_x=True, needs_weight=True)
-    assert shapes == [(24, 9 * 16)]
+    assert taken == [(24, 9 * 16)]
+
+
+@pytest.mark.parametrize(("precision", "products_taken"), [("highest", 1), ("medium", 0)])
+def test_a_lower_precision_of_products_does_not_lower_that_of_convolutions(
+    precision: str, products_taken: int, taken: list[tuple[int, int]]
+) -> None:
+    x, weight, _, geometry = make("1x1", (1, 1, 1), torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        convolve(x, weight, geometry)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(taken) == products_taken
