@@ -182,10 +182,11 @@ class FoldedConv2d(nn.Conv2d):
             out = F.conv2d(x, weight, bias, *self.geometry)
             out = out if residual is None else out + residual
             return F.relu(out) if relu else out
-        is_prepared = self._prepare_for(x, weight, bias)
-        if is_prepared and self._winograd is not None and residual is None:
-            return self._winograd(x, relu=relu)
-        best = self._packed if is_prepared and self._packed is not None else weight
+        # read once: another thread may prepare for another shape meanwhile
+        packed, winograd = (self._packed, self._winograd) if self._prepare_for(x, weight, bias) else (None, None)
+        if winograd is not None and residual is None:
+            return winograd(x, relu=relu)
+        best = weight if packed is None else packed
         return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
     def _prepare_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
