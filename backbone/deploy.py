@@ -9,7 +9,7 @@ from typing import Final, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from backbone.fused import FoldedConv2d, QuickLinear
+from backbone.folded import FoldedConv2d, QuickLinear
 from backbone.graphs import GraphedExtractor
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, has_frozen_form
 

@@ -1,7 +1,7 @@
 """The convolutions of training: matrix products where the CPU is quicker at those, torch's own kernels elsewhere.
 
 oneDNN's convolutions rearrange the weight or its gradient at every call. A product rearranges the activations, which
-is less where the weight is large against them, and a 1x1 convolution is a product anyway.
+is less where the weight is large against them; a 1x1 convolution is a product anyway, as is a linear layer.
 """
 
 from typing import Any, Final

@@ -12,7 +12,9 @@ from timm.layers.drop import DropBlock2d, DropPath
 from timm.models import regnet, resnet
 from torch import Tensor, nn
 
-from backbone.fused import FoldedConv2d, blocks_in_row, conv_norm_act, is_watched, residual_block
+from backbone.calls import is_watched
+from backbone.folded import FoldedConv2d
+from backbone.fused import blocks_in_row, conv_norm_act, residual_block
 from backbone.norm import FrozenBatchNorm2d
 
 
