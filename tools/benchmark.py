@@ -51,7 +51,7 @@ HALF_LIMIT = 5e-2  # the same in half precision, where torchvision's own error s
 OWN_ERRORS = 3  # times torchvision's own error in half precision is what ours may have
 # In float32. A ReLU input that rounds to the other side of zero switches a whole gradient; a score that rounds to the
 # other side of a neighbour's can let another box win.
-MISMATCH_LIMIT = 2e-2
+MISMATCH_LIMIT = 5e-3
 OVERLAP = 0.9  # intersection over union above which two detections are the same
 MIB = 2**20
 
