@@ -28,7 +28,7 @@ class Optimization:
         kept: Names of norm layers that stay, because they depend on the input (GroupNorm and the like) or follow
             no convolution.
         dtype: What the backbone computes in.
-        linear: Number of linear layers that run by oneDNN in float32 on the CPU.
+        linear: Number of linear layers that run by oneDNN in float32 on a CPU with AVX-512, and as before elsewhere.
     """
 
     folded: int
