@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbone.blocks import BasicBlock, Bottleneck, Conv3x3
+from backbone.blocks import BasicBlock, Bottleneck, Conv3x3, StemPool
 from backbone.config import BackboneConfig, NormName
 from backbone.features import Backbone, Features, FeatureSpec, require_images
 from backbone.fused import blocks_in_row, conv_norm_act
@@ -135,7 +135,7 @@ class ResNet(Backbone):
         channels = variant.stem_channels
         self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(channels)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = StemPool()
         self.stage_modules: dict[str, tuple[str, ...]] = {"stem": ("conv1", "bn1", "maxpool")}
         plans = plan_stages(output_stride, dilate_first_block=dilate_first_block)
         last = len(plans) if num_classes is not None else max(map(STAGE_NAMES.index, out_features))
