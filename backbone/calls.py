@@ -37,6 +37,15 @@ def is_seen_through(x: Tensor) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a hook would see this module's inputs or outputs."""
+    return _has_hook(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def is_watched_within(module: nn.Module) -> bool:
+    """Whether a hook would see the inputs or outputs of this module or of one in it."""
+    return _has_hook_within(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def _has_hook(module: nn.Module) -> bool:
     state = module.__dict__
     return bool(
         state["_forward_hooks"]
@@ -44,5 +53,14 @@ def is_watched(module: nn.Module) -> bool:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state  # replaced on this very object
-        or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
+
+
+def _has_hook_within(module: nn.Module) -> bool:
+    """A walk of its own: ``modules()`` takes four times as long, which a pass feels."""
+    if _has_hook(module):
+        return True
+    for child in module._modules.values():  # noqa: SIM110 (a generator per module is what is saved here)
+        if child is not None and _has_hook_within(child):
+            return True
+    return False

@@ -84,10 +84,12 @@ class FoldedConv2d(nn.Conv2d):
         shape = layout_depends_on(x)
         values = (
             torch.backends.mkldnn.enabled,
-            *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (weight, bias)),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            0 if weight.is_inference() else weight._version,
+            0 if bias.is_inference() else bias._version,
         )
-        came = self._prepared_shape == shape and self._prepared_values == values
-        if not came:
+        if self._prepared_shape != shape or self._prepared_values != values:
             self._passed_over += 1
             is_smaller = x.numel() < self._prepared_size and self._prepared_values == values
             if is_smaller and self._passed_over <= _PATIENCE:
@@ -96,7 +98,8 @@ class FoldedConv2d(nn.Conv2d):
             self._prepared_shape, self._prepared_values, self._prepared_size = shape, values, x.numel()
             if x.device.type == "cpu":
                 return False
-        self._passed_over = 0
+        if self._passed_over:  # setting a module's attribute is slow
+            self._passed_over = 0
         if self._packed is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._packed = pack(weight, self.geometry, x)

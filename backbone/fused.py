@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.calls import compute_dtype, is_autocast, is_seen_through, is_watched, needs_grad
+from backbone.calls import compute_dtype, is_autocast, is_seen_through, is_watched, is_watched_within, needs_grad
 from backbone.folded import FoldedConv2d
 from backbone.gradient import FrozenLayer, scaled, with_gradient
 from backbone.kept import unless_changed
@@ -94,7 +94,7 @@ def residual_block(
     conv, norm = layers[-1]
     if projection is None:
         return conv_norm_act(out, conv, norm, x, reuse_residual=reuse_input)
-    unseen = not any(map(is_watched, projection.modules()))
+    unseen = not is_watched_within(projection)
     return conv_norm_act(out, conv, norm, projection(x), reuse_residual=unseen)
 
 
@@ -108,10 +108,7 @@ def blocks_in_row(blocks: Iterable[nn.Module], fused: tuple[type[nn.Module], ...
     last_was_unseen = False
     for block in blocks:
         is_unseen = (
-            not x.requires_grad
-            and x.device.type == "cpu"
-            and isinstance(block, fused)
-            and not any(map(is_watched, block.modules()))
+            not x.requires_grad and x.device.type == "cpu" and isinstance(block, fused) and not is_watched_within(block)
         )
         x = block(x, reuse_input=True) if is_unseen and last_was_unseen else block(x)
         last_was_unseen = is_unseen

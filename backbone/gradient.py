@@ -118,7 +118,7 @@ class _FoldedLayers(torch.autograd.Function):
             weight, scale, needs_weight = weights[index], scales[index], needs_weights[index]
             late = _scales_late(weight, grad.numel() // grad.shape[1])
             if late:
-                grad = (grad * scale[:, None, None]).to(grad.dtype)
+                grad = (grad * scale.view(-1, 1, 1)).to(grad.dtype)
             factor = weight.to(x.dtype, memory_format=layout) if late or not needs_x else scaled(weight, scale, x)
             grad_x, grad_weight = conv_backward(
                 grad, x, factor, geometry, needs_x=needs_x, needs_weight=needs_weight, onto=onto
@@ -199,7 +199,7 @@ def _layer(
         folded = scaled(weight, scale, x)
         return conv_bias_act(x, folded, shift, geometry, residual, relu=relu, reuse_residual=reuse_residual)
     raw = convolve(x, weight.to(x.dtype, memory_format=_memory_format(x)), geometry)
-    out = torch.addcmul(shift[:, None, None], raw, scale[:, None, None])
+    out = torch.addcmul(shift.view(-1, 1, 1), raw, scale.view(-1, 1, 1))
     if residual is not None:
         out += residual
     return (out.relu_() if relu else out).to(x.dtype)
@@ -207,12 +207,12 @@ def _layer(
 
 def _scales_late(weight: Tensor, pixels: int) -> bool:
     """Whether a channel's output of so many pixels is quicker to scale than the channel's weight, on the CPU."""
-    return weight.device.type == "cpu" and weight[0].numel() > pixels
+    return weight.device.type == "cpu" and weight.numel() > pixels * weight.shape[0]
 
 
 def scaled(weight: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     """Return ``weight * scale`` per output channel, rounded once to the dtype and in the layout of ``like``."""
-    factor, layout = scale[:, None, None, None], _memory_format(like)
+    factor, layout = scale.view(-1, 1, 1, 1), _memory_format(like)
     if weight.dtype == like.dtype == scale.dtype and weight.is_contiguous(memory_format=layout):
         return weight * factor
     if weight.device.type == "cpu" and weight.dtype != like.dtype:  # where an ``out`` of another dtype takes a detour
@@ -222,7 +222,7 @@ def scaled(weight: Tensor, scale: Tensor, like: Tensor) -> Tensor:
 
 def _scaled_gradient(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``grad * scale`` per output channel, for a gradient that nobody else needs."""
-    factor = scale[:, None, None, None]
+    factor = scale.view(-1, 1, 1, 1)
     if grad.device.type == "cpu" and dtype == scale.dtype:
         return grad.to(dtype).mul_(factor)
     return (grad * factor).to(dtype)

@@ -1,5 +1,6 @@
 """One convolution with its bias, residual and ReLU, by the fastest kernel the device has. No autograd here."""
 
+import functools
 from typing import Final, NamedTuple
 
 import torch
@@ -87,13 +88,18 @@ def layout_depends_on(x: Tensor) -> object:
 
 def has_onednn(x: Tensor) -> bool:
     """Whether oneDNN's fused convolution takes ``x``."""
-    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not _ONEDNN:
+    return x.device.type == "cpu" and _onednn_takes(x.dtype) and bool(torch.backends.mkldnn.enabled)
+
+
+@functools.cache
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    if not _ONEDNN:
         return False
-    if x.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if x.dtype == torch.float16:
+    if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return x.dtype == torch.float32
+    return dtype == torch.float32
 
 
 def _onednn(

@@ -97,15 +97,15 @@ def _is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
 
 def _is_quicker_as_product(weight: Tensor, grad: Tensor) -> bool:
     """Whether a weight's gradient is quicker as a product, which rearranges activations in place of the weight."""
-    if grad.dtype == torch.bfloat16 and weight.shape[2:] == (1, 1):
-        return True
-    activations = grad.numel() // grad.shape[1] * (len(weight) + weight[0].numel())
-    return activations < 3 * weight.numel()  # measured on AVX-512
+    channels = weight.shape[0]
+    activations = grad.numel() // grad.shape[1] * (channels + weight.numel() // channels)
+    at_most = 32 if grad.dtype == torch.bfloat16 and weight.shape[2:] == (1, 1) else 3  # measured on AVX-512
+    return activations < at_most * weight.numel()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """(M, K), (K, N) -> (M, N) by oneDNN."""
-    return a @ b if a.dtype == torch.bfloat16 else linear(a, b.T, None)
+    return torch.mm(a, b) if a.dtype == torch.bfloat16 else linear(a, b.T, None)
 
 
 def _every(x: Tensor, stride: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ from conftest import relative_error
 from torch import Tensor
 
 from backbone import products
-from backbone.kernels import Geometry
+from backbone.kernels import Geometry, has_onednn
 from backbone.products import conv_backward, convolve
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -95,6 +95,15 @@ def test_a_large_weight_goes_by_products_and_a_small_one_does_not(taken: list[tu
         x, weight, grad, geometry = make("3x3", size, torch.float32)
         conv_backward(grad, x, weight, geometry, needs_x=True, needs_weight=True)
     assert taken == [(24, 9 * 16)]
+
+
+@pytest.mark.parametrize(("pixels", "goes_by_product"), [(4, True), (64, False)])
+def test_a_half_precision_1x1_goes_by_product_where_pixels_are_few(
+    pixels: int, goes_by_product: bool, taken: list[tuple[int, int]]
+) -> None:
+    x, weight, grad, geometry = make("1x1", (1, pixels, pixels), torch.bfloat16)
+    conv_backward(grad, x, weight, geometry, needs_x=False, needs_weight=True)
+    assert bool(taken) is (goes_by_product and has_onednn(x))
 
 
 @pytest.mark.parametrize(("precision", "products_taken"), [("highest", 1), ("medium", 0)])
