@@ -1,20 +1,15 @@
-"""The pieces of the ResNet family (arXiv:1512.03385): two residual blocks (figure 5) and what is in and before them."""
+"""The two residual blocks of the ResNet family (arXiv:1512.03385, figure 5), under torchvision's names."""
 
 from collections.abc import Callable
-from typing import ClassVar, Final, TypeAlias
+from typing import ClassVar, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
-from backbone.calls import is_seen_through, needs_grad
 from backbone.fused import conv_norm_act, residual_block
 from backbone.norm import NormLayer
 
 Conv3x3: TypeAlias = Callable[[int, int, int, int, int], nn.Module]
 """Constructor of a 3x3 convolution: in_channels, out_channels, stride, dilation, groups."""
-
-_FRESH_BYTES: Final = 32 * 2**20
-_POOL_BYTES: Final = 8 * 2**20  # of features at a time, so that what is between stays in the cache
 
 
 class BasicBlock(nn.Module):
@@ -108,27 +103,6 @@ class Bottleneck(nn.Module):
         return residual_block(x, layers, self.downsample, reuse_input=reuse_input)
 
 
-class StemPool(nn.MaxPool2d):
-    """The 3x3 maximum with stride 2 after a ResNet's first convolution.
-
-    torch's kernel also stores where each maximum was, in 64 bits, which only a gradient needs. On the CPU that is most
-    of its time in half precision, and in any where glibc takes such memory from the system anew each time: from 32 MiB.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (N, C, H, W) -> (N, C, H / 2, W / 2); sizes round up."""
-        if x.device.type == "cpu" and not (is_seen_through(x) or needs_grad(x)):
-            height, width = x.shape[2:]
-            stores_much = x.element_size() == 2 or x.numel() // 4 * 8 >= _FRESH_BYTES  # noqa: PLR2004
-            if stores_much and height % 2 == width % 2 == 0:
-                return _max_of_pairs(x)
-        out: Tensor = super().forward(x)
-        return out
-
-
 class Projection(nn.Sequential):
     """The 1x1 convolution and norm of a shortcut that changes shape (option B of the paper)."""
 
@@ -151,19 +125,3 @@ def _projection(in_channels: int, out_channels: int, stride: int, norm: NormLaye
     if stride == 1 and in_channels == out_channels:
         return None
     return Projection(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels))
-
-
-def _max_of_pairs(x: Tensor) -> Tensor:
-    """(N, C, H, W) with even H and W -> the maximum of every 3x3 with stride 2: of pairs of rows, then of columns."""
-    upper, lower = x[:, :, ::2], x[:, :, 1::2]
-    out = torch.empty_like(upper[..., ::2])
-    rows = max(1, upper.shape[2] * _POOL_BYTES // x.nbytes)
-    for start in range(0, upper.shape[2], rows):
-        stop, first = min(start + rows, upper.shape[2]), max(start, 1)
-        tall = torch.maximum(upper[:, :, start:stop], lower[:, :, start:stop])
-        inner = tall[:, :, first - start :]  # the first row of all has no row above
-        torch.maximum(inner, lower[:, :, first - 1 : stop - 1], out=inner)
-        left, right = tall[..., ::2], tall[..., 1::2]
-        done = torch.maximum(left, right, out=out[:, :, start:stop])
-        torch.maximum(done[..., 1:], right[..., :-1], out=done[..., 1:])
-    return out

@@ -53,7 +53,7 @@ def conv_norm_act(
     if isinstance(conv, FoldedConv2d) and (isinstance(norm, nn.Identity) or (ends_in_relu and residual is None)):
         return conv.fused(x, residual, relu=relu or ends_in_relu, reuse_residual=reuse_residual)
     layer = (conv, norm)
-    if is_seen_through(x) or not _is_frozen_layer(layer, x, before_relu=residual is None):
+    if is_seen_through(x) or not is_frozen_layer(layer, x, before_relu=residual is None):
         out: Tensor = norm(conv(x))
         if residual is not None:
             out = out + residual
@@ -83,7 +83,7 @@ def residual_block(
     known = projection is None or len(projection) == 2  # noqa: PLR2004
     checked = (*layers, *shortcut) if torch.is_grad_enabled() and known and not watched else ()
     seen_through = bool(checked) and is_seen_through(x)
-    frozen = [] if seen_through else [layer for layer in checked if _is_frozen_layer(layer, x)]
+    frozen = [] if seen_through else [layer for layer in checked if is_frozen_layer(layer, x)]
     if len(frozen) == len(layers) + len(shortcut):
         x = x.to(compute_dtype(x))
         if needs_grad(x, *[conv.weight for conv, _ in frozen]):
@@ -133,7 +133,7 @@ def _ending(norm: nn.Module) -> type[nn.Module] | None:
     return None if any(map(is_watched, norm.children())) else type(norm.remainder())
 
 
-def _is_frozen_layer(layer: Layer, x: Tensor, *, before_relu: bool = False) -> TypeGuard[FrozenLayer]:
+def is_frozen_layer(layer: Layer, x: Tensor, *, before_relu: bool = False) -> TypeGuard[FrozenLayer]:
     """Whether nobody would notice that convolution and norm are not called; ``before_relu``: nor a ReLU in the norm.
 
     In a call that is not seen through (``is_seen_through``).

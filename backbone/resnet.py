@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbone.blocks import BasicBlock, Bottleneck, Conv3x3, StemPool
+from backbone.blocks import BasicBlock, Bottleneck, Conv3x3
 from backbone.config import BackboneConfig, NormName
 from backbone.features import Backbone, Features, FeatureSpec, require_images
-from backbone.fused import blocks_in_row, conv_norm_act
+from backbone.fused import blocks_in_row
 from backbone.norm import NormLayer, norm_layer
 from backbone.registry import register_backbone
 from backbone.stages import STAGE_NAMES, StagePlan, plan_stages
+from backbone.stem import stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ class ResNet(Backbone):
         channels = variant.stem_channels
         self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(channels)
-        self.maxpool = StemPool()
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.stage_modules: dict[str, tuple[str, ...]] = {"stem": ("conv1", "bn1", "maxpool")}
         plans = plan_stages(output_stride, dilate_first_block=dilate_first_block)
         last = len(plans) if num_classes is not None else max(map(STAGE_NAMES.index, out_features))
@@ -159,7 +160,7 @@ class ResNet(Backbone):
         Channels are those of the bottleneck networks; resnet18 and resnet34 have a quarter.
         """
         require_images(images, self.in_channels)
-        x = self.maxpool(conv_norm_act(images, self.conv1, self.bn1))
+        x = stem(images, self.conv1, self.bn1, self.maxpool)
         features: Features = {}
         for name, paths in self.stage_modules.items():
             if name != "stem":

@@ -35,12 +35,12 @@ LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.cha
 @contextmanager
 def unfused() -> Iterator[None]:
     """Let every call take the plain path."""
-    original = fused._is_frozen_layer
-    fused._is_frozen_layer = lambda *_, **__: False  # type: ignore[assignment]
+    original = fused.is_frozen_layer
+    fused.is_frozen_layer = lambda *_, **__: False  # type: ignore[assignment]
     try:
         yield
     finally:
-        fused._is_frozen_layer = original
+        fused.is_frozen_layer = original
 
 
 def conv_and_norm(settings: dict[str, int], channels: int = 16) -> tuple[nn.Conv2d, FrozenBatchNorm2d]:
