@@ -41,7 +41,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def is_watched_within(module: nn.Module) -> bool:
-    """Whether a hook would see the inputs or outputs of this module or of one in it."""
+    """Whether a hook would see the inputs or outputs of this module or of one in it; no module is inside itself."""
     return _has_hook_within(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
@@ -57,7 +57,7 @@ def _has_hook(module: nn.Module) -> bool:
 
 
 def _has_hook_within(module: nn.Module) -> bool:
-    """A walk of its own: ``modules()`` takes four times as long, which a pass feels."""
+    """A walk of its own: ``modules()`` takes longer, which is felt at every block of every pass."""
     if _has_hook(module):
         return True
     for child in module._modules.values():  # noqa: SIM110 (a generator per module is what is saved here)

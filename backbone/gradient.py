@@ -165,7 +165,7 @@ def _differentiable_backward(
 
     def layer(x: Tensor, index: int, geometry: Geometry) -> Tensor:
         raw = F.conv2d(x, weights[index].to(x.dtype), None, *geometry)
-        return torch.addcmul(shifts[index][:, None, None], raw, scales[index][:, None, None]).to(x.dtype)
+        return torch.addcmul(shifts[index].view(-1, 1, 1), raw, scales[index].view(-1, 1, 1)).to(x.dtype)
 
     end = x
     for index, geometry in enumerate(plan.geometries[:-1]):

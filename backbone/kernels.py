@@ -1,13 +1,21 @@
 """One convolution with its bias, residual and ReLU, by the fastest kernel the device has. No autograd here."""
 
-import functools
 from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ONEDNN: Final = hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # not in every build of torch
+
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    ops = torch.ops.mkldnn
+    if not hasattr(ops, "_convolution_pointwise"):  # not in every build of torch
+        return frozenset()
+    half = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
+    return frozenset({torch.float32, *(dtype for dtype, is_supported in half.items() if is_supported())})
+
+
+_ONEDNN_DTYPES: Final = _onednn_dtypes()
 
 
 class Geometry(NamedTuple):
@@ -24,7 +32,8 @@ class Geometry(NamedTuple):
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
 
 
-_STEM: Final = Geometry((2, 2), (3, 3), (1, 1), 1)
+STEM: Final = Geometry((2, 2), (3, 3), (1, 1), 1)
+"""How the 7x7 convolution walks that ResNets begin with."""
 
 
 def conv_bias_act(
@@ -88,18 +97,7 @@ def layout_depends_on(x: Tensor) -> object:
 
 def has_onednn(x: Tensor) -> bool:
     """Whether oneDNN's fused convolution takes ``x``."""
-    return x.device.type == "cpu" and _onednn_takes(x.dtype) and bool(torch.backends.mkldnn.enabled)
-
-
-@functools.cache
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    if not _ONEDNN:
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32
+    return x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES and bool(torch.backends.mkldnn.enabled)
 
 
 def _onednn(
@@ -155,12 +153,12 @@ def _is_slow_stem(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and x.dtype in (torch.float16, torch.bfloat16)
         and weight.shape[1:] == (x.shape[1], 7, 7)
         and x.shape[1] <= 4  # noqa: PLR2004
-        and geometry == _STEM
+        and geometry == STEM
     )
 
 
 def _is_packed_stem(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    return geometry == _STEM and weight.shape[1] != x.shape[1]
+    return geometry == STEM and weight.shape[1] != x.shape[1]
 
 
 def _stem_weight(weight: Tensor) -> Tensor:

@@ -99,8 +99,8 @@ def _is_quicker_as_product(weight: Tensor, grad: Tensor) -> bool:
     """Whether a weight's gradient is quicker as a product, which rearranges activations in place of the weight."""
     channels = weight.shape[0]
     activations = grad.numel() // grad.shape[1] * (channels + weight.numel() // channels)
-    at_most = 32 if grad.dtype == torch.bfloat16 and weight.shape[2:] == (1, 1) else 3  # measured on AVX-512
-    return activations < at_most * weight.numel()
+    limit = 32 if grad.dtype == torch.bfloat16 and weight.shape[2:] == (1, 1) else 3  # measured on AVX-512
+    return activations < limit * weight.numel()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,81 +2,109 @@
 
 That tensor is the largest of the network, 69 MB for 800x1344 in float32, and torch's maximum adds 34 MB of indices,
 which only a gradient needs. From 32 MiB on glibc takes memory from the system anew each time, whose page faults take
-longer than the convolution. Where no gradient is needed, the CPU therefore goes through the images in bands of rows.
+longer than the convolution. Where no gradient is needed and height and width are multiples of 4, the CPU therefore
+takes a few images at a time, and large ones in bands of rows. Once torch's maximum stores no indices without a
+gradient, what is left to gain here is the bands.
 """
 
-from typing import Final
+from typing import Final, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from backbone.calls import compute_dtype, is_seen_through, is_watched, needs_grad
+from backbone.calls import compute_dtype, is_autocast, is_seen_through, is_watched, needs_grad
 from backbone.folded import FoldedConv2d
 from backbone.fused import conv_norm_act, is_frozen_layer
-from backbone.kernels import Geometry, has_onednn
+from backbone.kernels import STEM, Geometry, has_onednn
 
 _FRESH_BYTES: Final = 32 * 2**20
 _BAND_BYTES: Final = 16 * 2**20  # of the tensor between
-_CONV: Final = Geometry((2, 2), (3, 3), (1, 1), 1)
-_SPOILT: Final = 2  # rows at a band's upper end: there the convolution sees its padding in place of the image
+_SPOILT: Final = 2  # rows at a band's upper end, one at the lower: there the convolution sees padding, not the image
+
+
+class Bands(NamedTuple):
+    """How many images are taken at a time, and how many rows of the tensor between."""
+
+    images: int
+    rows: int
 
 
 def stem(images: Tensor, conv: nn.Module, norm: nn.Module, pool: nn.Module) -> Tensor:
     """Return ``pool(relu(norm(conv(images))))``: (N, C_in, H, W) -> (N, C, H / 4, W / 4); sizes round up."""
-    bands = _bands(images, conv, norm, pool)
-    if not bands:
+    bands = None
+    if _is_known(conv, norm, pool, images):
+        dtype = conv.weight.dtype if isinstance(conv, FoldedConv2d) else compute_dtype(images)
+        batch, height, width, channels = len(images), images.shape[2] // 2, images.shape[3] // 2, conv.out_channels
+        bands = plan_bands(batch, height, width, channels, dtype.itemsize)
+    if bands is None:
         pooled: Tensor = pool(conv_norm_act(images, conv, norm))
         return pooled
-    height = images.shape[2] // 2
-    rows = 2 * -(-height // (2 * bands))
-    parts: list[Tensor] = []
-    above: Tensor | None = None
-    for start in range(0, height, rows):
-        stop, spoilt = min(start + rows, height), min(start, _SPOILT)
-        features = conv_norm_act(images[:, :, 2 * (start - spoilt) : 2 * (stop + 1)], conv, norm)
-        features = features[:, :, spoilt : spoilt + stop - start]
-        parts.append(_max_of_pairs(features, above))
-        above = features[:, :, -1:]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    out = images.new_empty(batch, height // 2, width // 2, channels, dtype=dtype).permute(0, 3, 1, 2)
+    for part, pooled in zip(torch.split(images, bands.images), torch.split(out, bands.images), strict=True):
+        above = None
+        for start in range(0, height, bands.rows):
+            stop, spoilt = min(start + bands.rows, height), min(start, _SPOILT)
+            features = conv_norm_act(part[:, :, 2 * (start - spoilt) : 2 * (stop + 1)], conv, norm)
+            features = features[:, :, spoilt : spoilt + stop - start]
+            _max_pool(features, above, pooled[:, :, start // 2 : stop // 2])
+            above = features[:, :, -1:].clone()
+            del features  # the next band may take its memory
+    return out
 
 
-def _bands(images: Tensor, conv: nn.Module, norm: nn.Module, pool: nn.Module) -> int:
-    """How many bands of rows to go in; 0 where it is not worth it, or where someone would notice."""
-    if images.device.type != "cpu" or is_seen_through(images) or images.shape[2] % 4 or images.shape[3] % 4:
-        return 0
-    if type(pool) is not nn.MaxPool2d or is_watched(pool):
-        return 0
-    settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
-    is_folded = isinstance(conv, FoldedConv2d) and type(norm) is nn.Identity
-    if settings != (3, 2, 1, 1, False, False) or not (is_folded or is_frozen_layer((conv, norm), images)):
-        return 0
-    assert isinstance(conv, nn.Conv2d)
-    if conv.kernel_size != (7, 7) or Geometry.of(conv) != _CONV or needs_grad(images, conv.weight):
-        return 0
-    dtype = conv.weight.dtype if is_folded else compute_dtype(images)
-    between = len(images) * conv.out_channels * images[0, 0].numel() // 4 * dtype.itemsize
-    if dtype.itemsize > 2 and between < _FRESH_BYTES:  # noqa: PLR2004 (in half precision the indices are most of it)
-        return 0
-    return -(-between // _BAND_BYTES)
-
-
-def _max_of_pairs(x: Tensor, above: Tensor | None) -> Tensor:
-    """(N, C, H, W) with even H and W -> its 3x3 maximum with stride 2, (N, C, H / 2, W / 2).
+def plan_bands(batch: int, height: int, width: int, channels: int, itemsize: int) -> Bands | None:
+    """How to go through a batch; None where it pays to take all at once, with torch's maximum.
 
     Args:
-        x: Rows of features after a ReLU.
+        batch: Number of images.
+        height: Height of the tensor between, even.
+        width: Its width.
+        channels: Its channels.
+        itemsize: Bytes of one of its numbers.
+    """
+    of_image = channels * height * width * itemsize
+    if itemsize > 2 and batch * of_image < _FRESH_BYTES:  # noqa: PLR2004 (in half precision indices are half of it all)
+        return None
+    if of_image <= _BAND_BYTES:
+        return Bands(_BAND_BYTES // of_image, height)
+    num_bands = -(-of_image // _BAND_BYTES)
+    return Bands(1, 2 * -(-height // (2 * num_bands)))
+
+
+def _is_known(conv: nn.Module, norm: nn.Module, pool: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether this is the stem of ``STEM``, on the CPU, without a gradient, and nobody would notice a band."""
+    if images.device.type != "cpu" or is_seen_through(images) or images.shape[2] % 4 or images.shape[3] % 4:
+        return False
+    if type(pool) is not nn.MaxPool2d or is_watched(pool) or not isinstance(conv, nn.Conv2d):
+        return False
+    settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
+    if settings != (3, 2, 1, 1, False, False) or conv.kernel_size != (7, 7) or Geometry.of(conv) != STEM:
+        return False
+    if needs_grad(images, conv.weight):
+        return False
+    if isinstance(conv, FoldedConv2d):
+        fuses = not is_autocast(images) or compute_dtype(images) == conv.weight.dtype
+        return fuses and type(norm) is nn.Identity
+    return is_frozen_layer((conv, norm), images)
+
+
+def _max_pool(x: Tensor, above: Tensor | None, out: Tensor) -> None:
+    """Write the 3x3 maximum with stride 2 of ``x``, which follows a ReLU, to ``out``.
+
+    Args:
+        x: Features (N, C, H, W) with even H and W.
         above: The row above them, (N, C, 1, W), if there is one.
+        out: (N, C, H / 2, W / 2).
     """
     if x.dtype.itemsize == 2 and has_onednn(x):  # noqa: PLR2004
-        # after oneDNN's ReLU there is no NaN and no sign: the larger number has the larger bits, which compare faster
+        # after oneDNN's ReLU there is no sign and no NaN: the larger number has the larger bits, which compare faster
         bits = None if above is None else above.view(torch.int16)
-        return _max_of_pairs(x.view(torch.int16), bits).view(x.dtype)
+        x, above, out = x.view(torch.int16), bits, out.view(torch.int16)
     upper, lower = x[:, :, ::2], x[:, :, 1::2]
     tall = torch.maximum(upper, lower)
     torch.maximum(tall[:, :, 1:], lower[:, :, :-1], out=tall[:, :, 1:])
     if above is not None:
         torch.maximum(tall[:, :, :1], above, out=tall[:, :, :1])
     left, right = tall[..., ::2], tall[..., 1::2]
-    out = torch.maximum(left, right)
+    torch.maximum(left, right, out=out)
     torch.maximum(out[..., 1:], right[..., :-1], out=out[..., 1:])
-    return out

@@ -7,7 +7,7 @@ import torch
 from conftest import build, randomise_norms, relative_error
 from torch.export import Dim, export
 
-from backbone import Backbone
+from backbone import Backbone, optimize_for_inference
 
 NORMS = ("bn", "frozen_bn", "gn")
 
@@ -62,3 +62,11 @@ def test_a_frozen_prefix_compiles() -> None:
     compiled(images)["c5"].sum().backward()
     assert model.get_parameter("layer1.0.conv1.weight").grad is None
     assert model.get_parameter("layer2.0.conv1.weight").grad is not None
+
+
+def test_an_inference_copy_compiles() -> None:
+    model = optimize_for_inference(build(num_classes=10).eval())
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(images), model(images))

@@ -9,13 +9,14 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import build, randomise_norms, relative_error, saved_mebibytes
 from torch import Tensor, nn
 
-from backbone import Backbone, FrozenBatchNorm2d, freeze_norms, freeze_stages, fused, thaw_norms
+from backbone import Backbone, FrozenBatchNorm2d, freeze_norms, freeze_stages, thaw_norms
 from backbone.blocks import Bottleneck
 from backbone.fused import conv_norm_act
 from backbone.resnet import ResNet, Variant
@@ -35,12 +36,11 @@ LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.cha
 @contextmanager
 def unfused() -> Iterator[None]:
     """Let every call take the plain path."""
-    original = fused.is_frozen_layer
-    fused.is_frozen_layer = lambda *_, **__: False  # type: ignore[assignment]
-    try:
+    with (
+        patch("backbone.fused.is_frozen_layer", lambda *_, **__: False),
+        patch("backbone.stem.is_frozen_layer", lambda *_, **__: False),
+    ):
         yield
-    finally:
-        fused.is_frozen_layer = original
 
 
 def conv_and_norm(settings: dict[str, int], channels: int = 16) -> tuple[nn.Conv2d, FrozenBatchNorm2d]:

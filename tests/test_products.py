@@ -97,11 +97,19 @@ def test_a_large_weight_goes_by_products_and_a_small_one_does_not(taken: list[tu
     assert taken == [(24, 9 * 16)]
 
 
-@pytest.mark.parametrize(("pixels", "goes_by_product"), [(4, True), (64, False)])
-def test_a_half_precision_1x1_goes_by_product_where_pixels_are_few(
-    pixels: int, goes_by_product: bool, taken: list[tuple[int, int]]
+@pytest.mark.parametrize(
+    ("pixels", "dtype", "goes_by_product"),
+    [
+        (4, torch.float32, True),
+        (8, torch.float32, False),
+        (8, torch.bfloat16, True),
+        (64, torch.bfloat16, False),
+    ],
+)
+def test_a_1x1_goes_by_product_where_pixels_are_few_and_in_bfloat16_where_they_are_more(
+    pixels: int, dtype: torch.dtype, goes_by_product: bool, taken: list[tuple[int, int]]
 ) -> None:
-    x, weight, grad, geometry = make("1x1", (1, pixels, pixels), torch.bfloat16)
+    x, weight, grad, geometry = make("1x1", (1, pixels, pixels), dtype)
     conv_backward(grad, x, weight, geometry, needs_x=False, needs_weight=True)
     assert bool(taken) is (goes_by_product and has_onednn(x))
 
