@@ -82,7 +82,7 @@ def residual_block(
     watched = projection is not None and is_watched(projection)
     known = projection is None or len(projection) == 2  # noqa: PLR2004
     checked = (*layers, *shortcut) if torch.is_grad_enabled() and known and not watched else ()
-    seen_through = bool(checked) and is_seen_through(x)
+    seen_through = len(checked) > 0 and is_seen_through(x)  # torch 2.11 compiles no bool(tuple)
     frozen = [] if seen_through else [layer for layer in checked if is_frozen_layer(layer, x)]
     if len(frozen) == len(layers) + len(shortcut):
         x = x.to(compute_dtype(x))
