@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from backbone import Backbone, FrozenBatchNorm2d, freeze_norms, freeze_stages, thaw_norms
 from backbone.blocks import Bottleneck
+from backbone.calls import is_watched_within
 from backbone.fused import conv_norm_act
 from backbone.resnet import ResNet, Variant
 
@@ -484,3 +485,15 @@ def test_500_random_sequences_of_mixed_use_equal_the_unfused_reference() -> None
                     expected = reference(images)
             for name in expected:
                 assert relative_error(actual[name], expected[name]) <= 1e-4, (sequence, name)
+
+
+@pytest.mark.parametrize("path", ["", "0", "0.0"])
+def test_a_hook_is_found_at_any_depth(path: str) -> None:
+    block = nn.Sequential(nn.Sequential(nn.Conv2d(1, 1, 1)), nn.ReLU())
+    assert not is_watched_within(block)
+    hook = block.get_submodule(path).register_forward_hook(lambda *_: None)
+    assert is_watched_within(block)
+    hook.remove()
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert is_watched_within(block)
+    assert not is_watched_within(block)
