@@ -89,7 +89,10 @@ class FoldedConv2d(nn.Conv2d):
             0 if weight.is_inference() else weight._version,
             0 if bias.is_inference() else bias._version,
         )
-        if self._prepared_shape != shape or self._prepared_values != values:
+        is_new = self._prepared_shape != shape or self._prepared_values != values
+        if (is_new or self._packed is None) and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # the graph's replays would pack, but calls outside of it use what is packed
+        if is_new:
             self._passed_over += 1
             is_smaller = x.numel() < self._prepared_size and self._prepared_values == values
             if is_smaller and self._passed_over <= _PATIENCE:
@@ -102,7 +105,10 @@ class FoldedConv2d(nn.Conv2d):
             self._passed_over = 0
         if self._packed is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._packed = pack(weight, self.geometry, x)
+                packed = pack(weight, self.geometry, x)
+            if x.is_cuda:
+                torch.cuda.current_stream(x.device).synchronize()  # the next call may be on another stream
+            self._packed = packed
         elif self._winograd is None and suits(x, weight, self.geometry):
             self._winograd = WinogradConv(weight, bias, x)
         return True

@@ -39,7 +39,8 @@ class GraphedExtractor(nn.Module):
         """Images (N, C, H, W) -> what the extractor returns."""
         if not images.is_cuda or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return self.extractor(images)  # type: ignore[no-any-return]
-        key = (images.device, images.dtype, images.shape, images.stride())
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (images.device, images.dtype, images.shape, images.stride(), autocast)
         if key not in self._graphs:
             self._graphs[key] = self._capture(images)
             if len(self._graphs) > self.max_shapes:
@@ -51,15 +52,17 @@ class GraphedExtractor(nn.Module):
         return {name: feature.clone() for name, feature in graph.features.items()}
 
     def _capture(self, images: Tensor) -> _Graph:
-        images = images.clone()
-        stream = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.extractor(images)  # cuDNN chooses its kernels before the capture
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            features = self.extractor(images)
+        # on the device of the images, whichever is the current one; and inference tensors could not be written later
+        with torch.cuda.device(images.device), torch.inference_mode(False), torch.no_grad():
+            images = images.clone()
+            stream = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.extractor(images)  # cuDNN chooses its kernels before the capture
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                features = self.extractor(images)
         return _Graph(graph, images, features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -74,6 +74,8 @@ def unless_changed(
     ):
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used outside
             kept = _Kept(sources, state, tuple(sample.clone() for sample in samples), compute())
+        if not on_cpu:
+            torch.cuda.current_stream(device).synchronize()  # the next call may be on another stream
         entries[purpose] = kept
     return kept.result
 

@@ -59,13 +59,12 @@ def conv_bias_act(
     """
     if has_onednn(x):
         return _onednn(x, weight, bias, geometry, residual, relu=relu, reuse_residual=reuse_residual)
-    if _has_cudnn(x) and relu:
-        if _is_packed_stem(x, weight, geometry):
-            x, geometry = _space_to_depth(x), Geometry((1, 1), (0, 0), (1, 1), 1)
-        fuses = _cudnn_fuses(x, weight)
-        if residual is None and fuses:
+    if _is_packed_stem(x, weight, geometry):
+        x, geometry = _space_to_depth(x), Geometry((1, 1), (0, 0), (1, 1), 1)
+    if relu and _has_cudnn(x) and _cudnn_fuses(x, weight):
+        if residual is None:
             return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        if residual is not None and fuses and _is_dense(residual):
+        if _is_dense(residual):
             return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
     out = F.conv2d(x, weight, bias, *geometry)
     if residual is not None:
@@ -133,9 +132,15 @@ def _has_cudnn(x: Tensor) -> bool:
 
 
 def _cudnn_fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether fused kernels are known to take so many channels: more than one a group, in half precision by eights."""
+    """Whether fused kernels are known to take so many channels: more than one a group, in half precision by eights.
+
+    They compute in float32 at most, and torch lets them choose algorithms that are not deterministic.
+    """
+    if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
     by_eights = x.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
-    return weight.shape[1] > 1 and (by_eights or x.dtype == torch.float32)
+    takes = x.dtype == torch.float32 or (x.dtype in (torch.float16, torch.bfloat16) and by_eights)
+    return weight.shape[1] > 1 and takes
 
 
 def _is_dense(x: Tensor) -> bool:

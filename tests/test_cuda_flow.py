@@ -8,16 +8,19 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import build
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone import optimize_for_inference
+from backbone.folded import FoldedConv2d
 from backbone.gradient import _FoldedLayers
 
 # what is kept is told by addresses; fake ones are all 0
@@ -97,6 +100,7 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flow]:
     monkeypatch.setattr(torch, "cudnn_convolution_relu", flow.convolve)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", flow.convolve_and_add)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
     monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
     monkeypatch.setattr(_FoldedLayers, "apply", flow.apply)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -209,3 +213,52 @@ def test_an_inference_copy_keeps_devices_and_dtypes(name: str, dtype: torch.dtyp
     network = on_cuda(lambda: optimize_for_inference(build(name, norm="frozen_bn").eval(), dtype=dtype))
     for _ in range(2):  # packs, and uses what is packed
         expect(flow, name, network(images()), dtype)
+
+
+STEMS = {
+    "timm": lambda: build("timm/resnet50"),
+    "group norm": lambda: build("resnet50", norm="gn"),
+    "torchvision": torchvision.models.resnet50,
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("make", STEMS.values(), ids=STEMS)
+@torch.no_grad()
+def test_a_stem_that_is_called_as_a_module_takes_images_too(
+    make: Callable[[], nn.Module], dtype: torch.dtype, flow: Flow
+) -> None:
+    network = on_cuda(lambda: optimize_for_inference(make().eval(), dtype=dtype))
+    for _ in range(2):  # packs, and uses what is packed
+        features = network(images().to(dtype))
+        assert {each.dtype for each in (features.values() if isinstance(features, dict) else [features])} == {dtype}
+
+
+@torch.no_grad()
+def test_no_fused_kernel_is_asked_for_double_precision(flow: Flow) -> None:
+    network = on_cuda(lambda: optimize_for_inference(build("resnet18"), dtype=torch.float64))
+    assert network(images())["c5"].dtype == torch.float64
+    assert flow.counts == [0, 0]
+
+
+@pytest.mark.parametrize("ask", ["cudnn.deterministic", "use_deterministic_algorithms"])
+@torch.no_grad()
+def test_no_fused_kernel_is_asked_where_algorithms_must_be_deterministic(
+    ask: str, flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", ask == "cudnn.deterministic")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: ask != "cudnn.deterministic")
+    on_cuda(lambda: build("resnet18", norm="frozen_bn", freeze_at=5).eval())(images())
+    assert flow.counts == [0, 0]
+
+
+@torch.no_grad()
+def test_an_inference_copy_packs_nothing_under_capture(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = on_cuda(lambda: optimize_for_inference(build("resnet18"), dtype=torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    network(images())  # only the replays would fill what is packed here
+    layers = [module for module in network.modules() if isinstance(module, FoldedConv2d)]
+    assert all(layer._packed is None for layer in layers)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    network(images())
+    assert all(layer._packed is not None for layer in layers)

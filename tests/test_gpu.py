@@ -159,3 +159,41 @@ def test_the_stem_is_right_at_odd_sizes_in_half_precision(in_channels: int, size
     images = torch.randn(2, in_channels, *size, device="cuda")
     fast = optimize_for_inference(frozen, dtype=torch.float16)
     assert relative_error(fast(images)["c2"], plain(images)["c2"]) <= HALF[torch.float16]
+
+
+# Stems that are called as modules of their own, before the norm that stays or the ReLU.
+@pytest.mark.parametrize(("name", "norm"), [("timm/resnet50", "frozen_bn"), ("resnet50", "gn")])
+@pytest.mark.parametrize("dtype", HALF)
+@torch.no_grad()
+def test_an_inference_copy_is_right_whoever_calls_its_stem(name: str, norm: str, dtype: torch.dtype) -> None:
+    model = build(name, norm=norm).cuda().eval()
+    images = torch.randn(2, 3, 97, 129, device="cuda")
+    expected = model(images)
+    fast = optimize_for_inference(model, dtype=dtype)
+    for _ in range(2):
+        assert relative_error(fast(images)["c2"], expected["c2"]) <= HALF[dtype]
+
+
+@torch.no_grad()
+def test_double_precision_is_double_precision() -> None:
+    plain, frozen = pair("resnet18")
+    images = torch.randn(1, 3, 64, 64, device="cuda")
+    actual, expected = optimize_for_inference(frozen, dtype=torch.float64)(images), plain.double()(images.double())
+    assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-6  # of the weights' rounding
+
+
+@pytest.mark.parametrize(
+    "device",
+    [0, pytest.param(1, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"))],
+)
+def test_a_graph_follows_its_images_in_every_mode(device: int) -> None:
+    _, frozen = pair("resnet18")
+    fast = optimize_for_inference(frozen).to(f"cuda:{device}")
+    graphed = optimize_for_inference(frozen, cuda_graphs=True).to(f"cuda:{device}")
+    for mode in (torch.inference_mode, torch.no_grad):
+        for is_half in (False, True, False):
+            images = torch.randn(2, 3, 64, 96, device=f"cuda:{device}")
+            with mode(), torch.autocast("cuda", torch.bfloat16, enabled=is_half):
+                actual, expected = graphed(images), fast(images)
+            assert all(torch.equal(actual[level], expected[level]) for level in expected)
+            assert {feature.dtype for feature in actual.values()} == {torch.bfloat16 if is_half else torch.float32}
