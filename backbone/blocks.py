@@ -106,6 +106,8 @@ class Bottleneck(nn.Module):
 class Projection(nn.Sequential):
     """The 1x1 convolution and norm of a shortcut that changes shape (option B of the paper)."""
 
+    conv_norm_pairs: ClassVar = (("0", "1"),)
+
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride); sizes round up."""
         conv, norm, *more = self

@@ -37,7 +37,7 @@ def is_seen_through(x: Tensor) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a hook would see this module's inputs or outputs."""
-    return _has_hook(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+    return has_hook(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def is_watched_within(module: nn.Module) -> bool:
@@ -45,20 +45,21 @@ def is_watched_within(module: nn.Module) -> bool:
     return _has_hook_within(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
-def _has_hook(module: nn.Module) -> bool:
+def has_hook(module: nn.Module) -> bool:
+    """Whether a hook of its own would see this module's inputs or outputs, or its ``forward`` was replaced on it."""
     state = module.__dict__
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or "forward" in state  # replaced on this very object
+        or "forward" in state
     )
 
 
 def _has_hook_within(module: nn.Module) -> bool:
     """A walk of its own: ``modules()`` takes longer, which is felt at every block of every pass."""
-    if _has_hook(module):
+    if has_hook(module):
         return True
     for child in module._modules.values():  # noqa: SIM110 (a generator per module is what is saved here)
         if child is not None and _has_hook_within(child):

@@ -9,6 +9,7 @@ from typing import Final, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from backbone.calls import has_hook
 from backbone.folded import FoldedConv2d, QuickLinear
 from backbone.graphs import GraphedExtractor
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, has_frozen_form
@@ -44,6 +45,8 @@ class Optimization:
         return f"folded {self.folded} norms, prepared {others}, computes in {dtype}{kept}"
 
 
+@torch.inference_mode(False)  # the copy's tensors must not be inference tensors: those change unseen
+@torch.no_grad()
 def optimize_for_inference(
     model: nn.Module, *, dtype: torch.dtype | None = None, cuda_graphs: bool = False
 ) -> nn.Module:
@@ -52,9 +55,11 @@ def optimize_for_inference(
     Batch norms, frozen or not, are folded into the convolution before them, each block ends in one fused kernel, and on
     the CPU weights are packed and linear layers run by oneDNN. It takes a bare backbone, a backbone with its pyramid,
     or a whole detector whose feature extractor is its ``backbone`` attribute (torchvision, detectron2, transformers).
+    Layers with hooks stay as they are. An ``nn.Sequential`` is expected to be called as a whole.
 
     Args:
-        model: The model, with its final weights.
+        model: The model, with its final weights. Those of the copy may be loaded anew, moved or edited in place under
+            ``torch.no_grad()``; edits through ``.data`` go unseen.
         dtype: What the feature extractor computes in, such as torch.bfloat16; the weights' own dtype by default.
             Images may stay float32. A bare backbone returns features in this dtype; inside a detector they are cast
             back, so that the heads run as before.
@@ -77,9 +82,7 @@ def optimize_for_inference(
     for layer in layers:
         layer.__class__ = QuickLinear
     if dtype is not None:
-        extractor.to(dtype)
-        if extractor is not model:
-            extractor.register_forward_hook(lambda _module, _inputs, features: _cast(features, before))
+        _compute_in(dtype, extractor, casts_back=extractor is not model)
     model.requires_grad_(False)
     if cuda_graphs and extractor is model:
         model = GraphedExtractor(model)
@@ -94,12 +97,12 @@ def optimize_for_inference(
 def _fold_norms(parent: nn.Module) -> int:
     """Fold each batch norm among the children of ``parent`` into the convolution it follows; return how many."""
     pairs = list(getattr(parent, "conv_norm_pairs", ()))
-    if isinstance(parent, nn.Sequential):
+    if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
         pairs += itertools.pairwise(parent._modules)
     folded = 0
     for conv_name, norm_name in pairs:
         conv, norm = parent._modules.get(conv_name), parent._modules.get(norm_name)
-        if conv is not None and norm is not None and _is_plain(conv) and _has_statistics(norm):
+        if conv is not None and norm is not None and _is_plain(conv) and _has_statistics(norm) and not has_hook(norm):
             if type(norm) not in _PLAIN_NORMS:
                 norm = freeze_norms(norm)  # its frozen form tells what it does besides
             parent._modules[conv_name] = _fold(conv, norm)
@@ -109,7 +112,9 @@ def _fold_norms(parent: nn.Module) -> int:
 
 
 def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    """Whether ``conv`` is a convolution that another may replace: nothing is hooked to it either."""
+    is_known = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return is_known and not has_hook(conv)
 
 
 def _has_statistics(norm: nn.Module) -> bool:
@@ -119,7 +124,6 @@ def _has_statistics(norm: nn.Module) -> bool:
     return (ours or type(norm).__name__ == "FrozenBatchNorm2d") and getattr(norm, "running_var", None) is not None
 
 
-@torch.no_grad()
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> FoldedConv2d:
     """Fold in double precision and round once."""
     mean, variance = norm.get_buffer("running_mean").double(), norm.get_buffer("running_var").double()
@@ -149,12 +153,36 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and not any(isinstance(child, nn.Conv2d) for child in module.children())
 
 
-def _cast(features: object, dtype: torch.dtype) -> object:
-    if isinstance(features, Tensor):
-        return features.to(dtype)
-    if isinstance(features, dict):
-        return type(features)((name, _cast(feature, dtype)) for name, feature in features.items())
-    if isinstance(features, list | tuple):
-        cast = [_cast(feature, dtype) for feature in features]
-        return features._make(cast) if hasattr(features, "_make") else type(features)(cast)  # _make: a named tuple
-    return features
+def _compute_in(dtype: torch.dtype, extractor: nn.Module, *, casts_back: bool) -> None:
+    """Let ``extractor`` take any floats and compute in ``dtype``; ``casts_back``: and return the dtype it did."""
+    before = next((parameter.dtype for parameter in extractor.parameters()), torch.float32)
+    for hooks in (extractor._forward_pre_hooks, extractor._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, _Cast):  # of an earlier time
+                before = hook.dtype  # at last the one of the features
+                del hooks[key]
+    extractor.to(dtype)
+    extractor.register_forward_pre_hook(_Cast(dtype))
+    if casts_back:
+        extractor.register_forward_hook(_Cast(before))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """A hook before or after a forward that casts what comes by; unlike a function in a function it can be pickled."""
+
+    dtype: torch.dtype
+
+    def __call__(self, _module: nn.Module, *values: object) -> object:
+        return _cast(values[-1], self.dtype)
+
+
+def _cast(value: object, dtype: torch.dtype) -> object:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return type(value)((name, _cast(each, dtype)) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        cast = [_cast(each, dtype) for each in value]
+        return value._make(cast) if hasattr(value, "_make") else type(value)(cast)  # _make: a named tuple
+    return value

@@ -14,6 +14,7 @@ from backbone.winograd import WinogradConv, suits
 
 _PATIENCE: Final = 8  # calls of smaller shapes in a row
 _UNPREPARED: Final = {
+    "_prepared_from": None,
     "_prepared_shape": None,
     "_prepared_values": None,
     "_prepared_size": 0,
@@ -34,6 +35,7 @@ class FoldedConv2d(nn.Conv2d):
         bias: The norm's shift.
     """
 
+    _prepared_from: tuple[Tensor, Tensor] | None
     _prepared_shape: object
     _prepared_values: object
     _prepared_size: int
@@ -58,16 +60,20 @@ class FoldedConv2d(nn.Conv2d):
         self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, reuse_residual: bool = False
     ) -> Tensor:
         """Return ``relu(conv(x) + bias + residual)`` in the dtype of the weight; arguments as ``conv_norm_act``."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]  # 106 look-ups a pass: the short way
-        assert weight is not None
-        assert bias is not None
+        weight: Tensor | None = self._parameters.get("weight")  # 106 look-ups a pass: the short way
+        bias: Tensor | None = self._parameters.get("bias")
+        if weight is None or bias is None:  # the long one in DataParallel's replicas, or after pruning
+            weight, bias = self.weight, self.bias
+            assert bias is not None
         autocasts = is_autocast(x) and torch.get_autocast_dtype(x.device.type) != weight.dtype
         if not autocasts and x.dtype != weight.dtype:
             x = x.to(weight.dtype)
-        if autocasts or x.ndim != 4 or is_seen_through(x) or needs_grad(x, weight, residual):  # noqa: PLR2004
-            out = F.conv2d(x, weight, bias, *self.geometry)
-            out = out if residual is None else out + residual
-            return F.relu(out) if relu else out
+        if autocasts or x.ndim != 4 or is_seen_through(x):  # noqa: PLR2004
+            return self._plain(x, weight, bias, residual, relu=relu)
+        if weight.requires_grad or bias.requires_grad:
+            self._forget()  # an optimizer's fused step moves no version counter
+        if needs_grad(x, weight, residual):
+            return self._plain(x, weight, bias, residual, relu=relu)
         # read once: another thread may prepare for another shape meanwhile
         packed, winograd = (self._packed, self._winograd) if self._prepare_for(x, weight, bias) else (None, None)
         if winograd is not None and residual is None:
@@ -75,30 +81,34 @@ class FoldedConv2d(nn.Conv2d):
         best = weight if packed is None else packed
         return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+        out = F.conv2d(x, weight, bias, *self.geometry)
+        out = out if residual is None else out + residual
+        return F.relu(out) if relu else out
+
     def _prepare_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
         """Pack the weight once a shape comes twice, consider Winograd when it comes again; return whether it came.
 
         Both pay only where shapes repeat; a detector whose images all differ runs on the plain weight. A smaller shape
         takes over only after some calls in a row: a head that all levels of a pyramid share is prepared for the finest.
         """
+        if weight.requires_grad or bias.requires_grad or weight.is_inference() or bias.is_inference():
+            return False  # these may change unseen
         shape = layout_depends_on(x)
-        values = (
-            torch.backends.mkldnn.enabled,
-            weight.data_ptr(),
-            bias.data_ptr(),
-            0 if weight.is_inference() else weight._version,
-            0 if bias.is_inference() else bias._version,
-        )
-        is_new = self._prepared_shape != shape or self._prepared_values != values
+        values = (torch.backends.mkldnn.enabled, *[(of.data_ptr(), of._version) for of in (weight, bias)])
+        source = self._prepared_from
+        are_others = source is None or source[0] is not weight or source[1] is not bias
+        is_new = are_others or self._prepared_shape != shape or self._prepared_values != values
         if (is_new or self._packed is None) and x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # the graph's replays would pack, but calls outside of it use what is packed
         if is_new:
             self._passed_over += 1
-            is_smaller = x.numel() < self._prepared_size and self._prepared_values == values
+            is_smaller = x.numel() < self._prepared_size and self._prepared_values == values and not are_others
             if is_smaller and self._passed_over <= _PATIENCE:
                 return False
             self._forget()
             self._prepared_shape, self._prepared_values, self._prepared_size = shape, values, x.numel()
+            self._prepared_from = weight, bias  # held, so that no other tensor can take their place in memory
             if x.device.type == "cpu":
                 return False
         if self._passed_over:  # setting a module's attribute is slow
@@ -138,6 +148,7 @@ class QuickLinear(nn.Linear):
         """(..., in_features) -> (..., out_features)."""
         weight, bias = self.weight, self.bias
         plain = not HAS_LINEAR or x.dtype != torch.float32 or weight.dtype != torch.float32 or not has_onednn(x)
+        plain = plain or x.layout is not torch.strided or x.is_nested
         if plain or is_autocast(x) or is_seen_through(x) or needs_grad(x, weight, bias):
             return F.linear(x, weight, bias)
         return linear(x, weight, bias)

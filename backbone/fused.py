@@ -80,7 +80,7 @@ def residual_block(
     """
     shortcut: list[Layer] = [] if projection is None else [(projection[0], projection[1])]
     watched = projection is not None and is_watched(projection)
-    known = projection is None or len(projection) == 2  # noqa: PLR2004
+    known = projection is None or (len(projection) == 2 and _runs_in_order(projection))  # noqa: PLR2004
     checked = (*layers, *shortcut) if torch.is_grad_enabled() and known and not watched else ()
     seen_through = len(checked) > 0 and is_seen_through(x)  # torch 2.11 compiles no bool(tuple)
     frozen = [] if seen_through else [layer for layer in checked if is_frozen_layer(layer, x)]
@@ -101,14 +101,14 @@ def residual_block(
 def blocks_in_row(blocks: Iterable[nn.Module], fused: tuple[type[nn.Module], ...], x: Tensor) -> Tensor:
     """Return what ``blocks`` make of ``x`` one after the other.
 
-    Those of the classes ``fused`` are told to reuse their input where it is nothing but the output of another of them:
-    nobody else has it, unless someone watches a module of either. Only the CPU's kernel makes use of it, and only where
-    no gradient is needed.
+    Those of the classes ``fused``, not of their subclasses, are told to reuse their input where it is nothing but the
+    output of another of them: nobody else has it, unless someone watches a module of either. Only the CPU's kernel
+    makes use of it, and only where no gradient is needed.
     """
     last_was_unseen = False
     for block in blocks:
         is_unseen = (
-            not x.requires_grad and x.device.type == "cpu" and isinstance(block, fused) and not is_watched_within(block)
+            not x.requires_grad and x.device.type == "cpu" and type(block) in fused and not is_watched_within(block)
         )
         x = block(x, reuse_input=True) if is_unseen and last_was_unseen else block(x)
         last_was_unseen = is_unseen
@@ -119,6 +119,12 @@ def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, like: Tensor) -> tuple[Tensor
     """Return weight (C_out, C_in / groups, kh, kw) and bias (C_out,) of ``norm(conv(x))``, in the dtype of ``like``."""
     scale, shift = norm.scale_and_shift()
     return scaled(conv.weight.detach(), scale, like), shift.to(like.dtype)
+
+
+def _runs_in_order(layers: nn.Sequential) -> bool:
+    """Whether calling ``layers`` is calling them one after the other, and nothing else."""
+    cls = type(layers)
+    return cls.forward is nn.Sequential.forward or hasattr(cls, "conv_norm_pairs")
 
 
 def _ending(norm: nn.Module) -> type[nn.Module] | None:

@@ -29,7 +29,9 @@ class Geometry(NamedTuple):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "Geometry":
         """Read the geometry off a convolution with numeric padding."""
-        return cls(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+        pairs = (conv.stride, conv.padding, conv.dilation)  # torch's own takes a number too, set after construction
+        stride, padding, dilation = (pair if isinstance(pair, tuple) else (pair, pair) for pair in pairs)
+        return cls(stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
 
 
 STEM: Final = Geometry((2, 2), (3, 3), (1, 1), 1)

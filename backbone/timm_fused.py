@@ -4,6 +4,7 @@ The classes are timm's own with another ``forward``: parameters, names and resul
 block has (attention, blurring, activations other than ReLU, drop layers at work) stays with timm's ``forward``.
 """
 
+import itertools
 from collections import deque
 from typing import Final
 
@@ -100,6 +101,11 @@ class FusedRegStage(regnet.RegStage):
 
 class FusedLayers(nn.Sequential):
     """The layers of a shortcut or a stem: a convolution, norm and ReLU in a row are one operation."""
+
+    @property
+    def conv_norm_pairs(self) -> list[tuple[str, str]]:
+        """The names of all neighbours: where they are a convolution and its norm, they may be folded."""
+        return list(itertools.pairwise(self._modules))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""

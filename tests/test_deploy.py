@@ -12,6 +12,7 @@ import torchvision
 from conftest import build, randomise_norms, relative_error
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -116,11 +117,93 @@ def test_an_edit_of_an_optimised_model_is_seen(edit: str) -> None:
     assert relative_error(after, copy.deepcopy(fast)(images)["c4"]) <= 1e-5
 
 
-def test_a_model_optimised_in_inference_mode_works() -> None:
-    with torch.inference_mode():
-        fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+@torch.inference_mode()
+def test_an_edit_of_a_model_optimised_in_inference_mode_is_seen() -> None:
+    fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    for _ in range(3):
+        fast(images)
+    fast.get_parameter("layer3.1.conv2.weight").mul_(2)
+    assert relative_error(fast(images)["c5"], copy.deepcopy(fast)(images)["c5"]) <= 1e-5
+
+
+@torch.no_grad()
+def test_weights_that_stand_in_for_a_call_are_used_for_that_call() -> None:
+    fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    other = copy.deepcopy(fast)
+    for factor in (1.0, 1.1, 1.2, 1.3):  # in the same memory, if the last ones are gone
+        weights = {name: parameter * factor for name, parameter in fast.named_parameters()}
+        other.load_state_dict(weights)
+        assert relative_error(functional_call(fast, weights, (images,))["c5"], other(images)["c5"]) <= 1e-5
+        del weights
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_fused_optimizer_that_trains_an_optimised_model_is_seen(looks: bool) -> None:
+    """Its step moves no version counter."""
+    fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
         for _ in range(3):
-            assert fast(images)["c5"].shape == (1, 512, 2, 2)
+            fast(images)
+    optimizer = torch.optim.SGD(fast.requires_grad_().parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        fast(images)["c5"].square().mean().backward()
+        optimizer.step()
+        if looks:
+            with torch.no_grad():
+                fast(images)
+    optimizer.step()
+    fast.requires_grad_(False)
+    assert relative_error(fast(images)["c5"], copy.deepcopy(fast)(images)["c5"]) <= 1e-5
+
+
+@torch.no_grad()
+def test_an_optimised_model_runs_in_the_replicas_of_data_parallel() -> None:
+    fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    replicas = {module: module._replicate_for_data_parallel() for module in fast.modules()}  # type: ignore[no-untyped-call]
+    for module, replica in replicas.items():
+        replica._modules = {name: child and replicas[child] for name, child in module._modules.items()}
+        replica.__dict__.update(module._parameters)  # where replicate() puts what is no Parameter
+    assert relative_error(replicas[fast](images)["c5"], fast(images)["c5"]) <= 1e-5
+
+
+class Late(nn.Sequential):
+    """No row: the norm sees more than the convolution's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self
+        return norm(conv(x) + 1)  # type: ignore[no-any-return]
+
+
+HOOKED: dict[str, Callable[[Any], object]] = {
+    "a forward hook of a convolution": lambda model: model.layer2[0].conv1.register_forward_hook(lambda *of: of[2] / 2),
+    "a pre-hook of a norm": lambda model: model.layer2[0].bn1.register_forward_pre_hook(lambda *of: (of[1][0] / 2,)),
+    "a hook of a projection's norm": lambda model: (
+        model.layer2[0].downsample[1].register_forward_hook(lambda *of: of[2] / 2)
+    ),
+    "a replaced forward": lambda model: halve(model.layer2[0].conv1),
+    "a Sequential with a forward of its own": lambda model: setattr(model.layer2[0], "downsample", late()),
+}
+
+
+def halve(conv: nn.Conv2d) -> None:
+    conv.forward = lambda x: nn.Conv2d.forward(conv, x) / 2  # type: ignore[method-assign, assignment]
+
+
+def late() -> Late:
+    layers = Late(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128)).eval()
+    randomise_norms(layers)
+    return layers
+
+
+@pytest.mark.parametrize("hook", HOOKED)
+@torch.no_grad()
+def test_what_computes_besides_a_layer_goes_on_computing(hook: str) -> None:
+    model, images = trained(norm="frozen_bn").eval(), torch.randn(1, 3, 64, 64)
+    before = model(images)["c5"]
+    HOOKED[hook](model)
+    expected = model(images)["c5"]
+    assert relative_error(before, expected) > 1e-3
+    assert relative_error(optimize_for_inference(model)(images)["c5"], expected) <= 1e-5
 
 
 @torch.no_grad()
@@ -186,11 +269,12 @@ def test_an_optimised_model_lets_gradients_reach_the_image() -> None:
     assert images.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @torch.no_grad()
-def test_an_optimised_model_exports() -> None:
-    fast, images = optimize_for_inference(trained()), torch.randn(2, 3, 64, 64)
+def test_an_optimised_model_exports(dtype: torch.dtype | None) -> None:
+    fast, images = optimize_for_inference(trained(), dtype=dtype), torch.randn(2, 3, 64, 64)
     program = torch.export.export(fast, (images,))
-    assert relative_error(program.module()(images)["c5"], fast(images)["c5"]) <= 1e-5
+    assert relative_error(program.module()(images)["c5"], fast(images)["c5"]) <= (3e-2 if dtype else 1e-5)
 
 
 def test_a_dtype_that_is_no_float_is_refused() -> None:
@@ -260,6 +344,39 @@ def test_a_detector_in_bfloat16_keeps_its_heads_in_float() -> None:
     fast: Any = optimize_for_inference(model, dtype=torch.bfloat16)
     assert {feature.dtype for feature in fast.backbone(torch.rand(1, 3, 96, 96)).values()} == {torch.float32}
     assert fast([torch.rand(3, 96, 80)])[0]["scores"].dtype == torch.float32
+    pickle.loads(pickle.dumps(fast))
+    for dtype in (torch.bfloat16, torch.float32):
+        again: Any = optimize_for_inference(fast, dtype=dtype)
+        assert next(again.backbone.parameters()).dtype == dtype
+        assert again([torch.rand(3, 96, 80)])[0]["scores"].dtype == torch.float32
+
+
+class Masking(nn.Module):
+    """As the backbones of DETR and its kin: features with the masks of their padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, images: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(self.conv(images), mask)]
+
+
+def test_masks_stay_masks_in_half_precision() -> None:
+    model = nn.Module()
+    model.backbone = Masking()
+    fast: Any = optimize_for_inference(model, dtype=torch.bfloat16)
+    ((feature, mask),) = fast.backbone(torch.randn(1, 3, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool))
+    assert (feature.dtype, mask.dtype) == (torch.float32, torch.bool)
+
+
+@torch.no_grad()
+def test_images_may_stay_float_whatever_the_first_layer_is() -> None:
+    model: Any = build("timm/tf_efficientnet_lite0").eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert type(next(model.network.children())) is not nn.Conv2d
+    features = optimize_for_inference(model, dtype=torch.bfloat16)(images)
+    assert {feature.dtype for feature in features.values()} == {torch.bfloat16}
 
 
 @torch.no_grad()

@@ -13,14 +13,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build, randomise_norms, relative_error, saved_mebibytes
 from torch import Tensor, nn
 
 from backbone import Backbone, FrozenBatchNorm2d, freeze_norms, freeze_stages, thaw_norms
-from backbone.blocks import Bottleneck
+from backbone.blocks import BasicBlock, Bottleneck
 from backbone.calls import is_watched_within
 from backbone.fused import conv_norm_act
-from backbone.resnet import ResNet, Variant
+from backbone.resnet import ResNet, Stage, Variant
 
 CONVOLUTIONS = {
     "1x1": {"kernel_size": 1},
@@ -308,6 +309,50 @@ def test_a_stage_takes_foreign_blocks_and_slices() -> None:
     model.layer4[1] = nn.Identity()
     model.layer3 = model.layer3[:1]
     assert model(torch.randn(1, 3, 64, 64))["c5"].shape == (1, 512, 2, 2)
+
+
+class Remembering(BasicBlock):
+    """A user's own block, with the plain signature, which looks at its output later."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self.last = super().forward(x)
+        self.copy = self.last.clone()
+        return self.last
+
+
+@torch.no_grad()
+def test_a_subclass_of_a_block_keeps_its_signature_and_its_output() -> None:
+    blocks = [Remembering(16, 16, 1, 1, 1, FrozenBatchNorm2d) for _ in range(3)]
+    Stage(*blocks)(torch.randn(1, 16, 8, 8))
+    assert all(torch.equal(block.last, block.copy) for block in blocks)
+
+
+class Biased(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self
+        return norm(conv(x) + 1)  # type: ignore[no-any-return]
+
+
+def test_a_shortcut_with_a_forward_of_its_own_is_called() -> None:
+    block = BasicBlock(8, 16, 2, 1, 1, FrozenBatchNorm2d)
+    randomise_norms(block)
+    x = torch.randn(1, 8, 8, 8)
+    before = block(x)
+    assert isinstance(block.downsample, nn.Sequential)
+    block.downsample = Biased(*block.downsample)  # type: ignore[assignment]
+    with unfused():
+        expected = block(x)
+    assert relative_error(before, expected) > 1e-3
+    assert relative_error(block(x), expected) <= 1e-5
+
+
+def test_a_stride_set_to_a_number_afterwards_works() -> None:
+    conv, norm = conv_and_norm({"kernel_size": 3, "padding": 1, "stride": 2})
+    conv.stride = 1  # type: ignore[assignment]
+    x = torch.randn(1, 16, 8, 8)
+    assert relative_error(conv_norm_act(x, conv, norm), F.relu(norm(conv(x)))) <= 1e-5
+    with torch.no_grad():
+        assert relative_error(conv_norm_act(x, conv, norm), F.relu(norm(conv(x)))) <= 1e-5
 
 
 def test_per_sample_gradients_by_vmap_work() -> None:
