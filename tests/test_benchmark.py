@@ -105,7 +105,8 @@ def test_a_run_prints_a_table_and_writes_json_and_picture(tool: Any, tmp_path: P
     assert output.exit_code == 0, output.output
     infer, train = json.loads(results.read_text())
     names = [[row["name"] for row in record["contenders"]] for record in (infer, train)]
-    assert names == [["ours", "ours (not optimised)", "torchvision", "timm"], ["ours", "torchvision", "timm"]]
+    tuned = ["torchvision", "torchvision, tuned", "timm", "timm, tuned"]
+    assert names == [["ours", "ours (not optimised)", *tuned], ["ours", "torchvision", "timm"]]
     assert all(row["memory"] > 0 and len(row["times"]) == 2 for row in train["contenders"])
     assert {"date", "hardware", "versions", "command", "roofline"} <= set(infer)
     assert picture.read_bytes().startswith(b"\x89PNG")

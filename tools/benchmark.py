@@ -7,7 +7,8 @@
 
 Every contender gets the same weights and images and must agree with torchvision, or with timm about timm's models, in
 float32 before it is timed. A round times each contender once, in shuffled order, and ratios are taken within rounds,
-so that a slow moment of the machine touches both sides.
+so that a slow moment of the machine touches both sides. In inference each eager library takes part twice: as it is
+mostly used, and tuned, in channels_last with its weights cast once instead of autocast.
 """
 
 import dataclasses

@@ -170,7 +170,13 @@ def our_contender(case: Case) -> Contender:
 def our_graphed_contender(case: Case) -> Contender:
     """Ours with one CUDA graph per image shape."""
     graphed = optimize_for_inference(our_network(case), dtype=case.dtype if case.is_half else None, cuda_graphs=True)
-    return inference(case, "ours (CUDA graphs)", graphed)
+
+    def prepare() -> Callable[..., object]:
+        with torch.inference_mode():
+            graphed(torch.zeros_like(images_of(case)))  # a graph that ignored its images would be found out
+        return graphed
+
+    return inference(case, "ours (CUDA graphs)", graphed, prepare)
 
 
 def our_plain_contender(case: Case) -> Contender:
@@ -179,7 +185,7 @@ def our_plain_contender(case: Case) -> Contender:
 
 
 def torchvision_peer(case: Case) -> Contender:
-    """Torchvision as users run it."""
+    """Torchvision as users run it; ``tuned_peer`` has it as they might."""
     network = detector(case) if case.workload is Workload.DETECTOR else torchvision_network(case)
     return eager(case, "torchvision", network)
 
@@ -187,6 +193,23 @@ def torchvision_peer(case: Case) -> Contender:
 def reference_contender(case: Case) -> Contender:
     """Who is right: torchvision, or timm about its own models."""
     return PEERS["timm"](case) if case.name.startswith(TIMM) else torchvision_peer(case)
+
+
+def tuned_peer(name: str, build: Callable[[Case], nn.Module]) -> Callable[[Case], Contender]:
+    """An eager library for inference as a user in the know runs it.
+
+    In channels_last, on the CPU too, and with its weights cast once in place of autocast, which casts at every image.
+    """
+
+    def peer(case: Case) -> Contender:
+        network = build(case).to(case.dtype).to(memory_format=torch.channels_last)
+
+        def call(images: Tensor) -> object:
+            return network(images.to(case.dtype, memory_format=torch.channels_last))
+
+        return inference(case, f"{name}, tuned", network, lambda: call)
+
+    return peer
 
 
 def torchvision_float32_peer(case: Case) -> Contender:
@@ -197,7 +220,7 @@ def torchvision_float32_peer(case: Case) -> Contender:
 
 
 def compiled_peer(case: Case) -> Contender:
-    """Torchvision compiled as well as torch can."""
+    """Torchvision compiled: on CUDA with max-autotune, on the CPU with its weights as constants."""
     if case.workload is Workload.DETECTOR:
         raise NotHere("compiles backbones only: a detector's shapes change")
     network = torchvision_network(case)
@@ -291,6 +314,9 @@ PEERS: dict[str, Callable[[Case], Contender]] = {
 }
 
 
+EAGER = {"torchvision": torchvision_network, "timm": timm_network, "detectron2": detectron2_network}
+
+
 def builders_of(case: Case, peers: Sequence[str], compile_at: Sequence[int]) -> dict[str, Callable[[Case], Contender]]:
     """Who takes part, by name, ours first."""
     builders: dict[str, Callable[[Case], Contender]] = {"ours": our_contender}
@@ -300,7 +326,10 @@ def builders_of(case: Case, peers: Sequence[str], compile_at: Sequence[int]) -> 
         builders["ours (CUDA graphs)"] = our_graphed_contender
     if "torchvision" in peers and case.is_half and case.device is DeviceName.CPU and case.workload is Workload.INFER:
         builders["torchvision float32"] = torchvision_float32_peer
-    builders |= {name: PEERS[name] for name in peers}
+    for name in peers:
+        builders[name] = PEERS[name]
+        if name in EAGER and case.workload is Workload.INFER and (case.is_half or case.device is DeviceName.CPU):
+            builders[f"{name}, tuned"] = tuned_peer(name, EAGER[name])
     if "torchvision-compile" in builders and compile_at and case.batch not in compile_at:
         builders["torchvision-compile"] = not_compiled
     return builders

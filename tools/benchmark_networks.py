@@ -84,7 +84,7 @@ class Case:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """channels_last where a user in the know has it: on CUDA and in training."""
+        """channels_last on CUDA and in training; inference on the CPU is given images as they are loaded."""
         last = self.device is DeviceName.CUDA or self.is_train
         return torch.channels_last if last else torch.contiguous_format
 
