@@ -57,6 +57,14 @@ def has_hook(module: nn.Module) -> bool:
     )
 
 
+def runs_in_order(layers: nn.Module) -> bool:
+    """Whether calling ``layers`` is known to be calling them one after the other, and nothing else."""
+    if "forward" in layers.__dict__:
+        return False
+    owner = next(each for each in type(layers).__mro__ if "forward" in vars(each))
+    return owner is nn.Sequential or (issubclass(owner, nn.Sequential) and "conv_norm_pairs" in vars(owner))
+
+
 def _has_hook_within(module: nn.Module) -> bool:
     """A walk of its own: ``modules()`` takes longer, which is felt at every block of every pass."""
     if has_hook(module):

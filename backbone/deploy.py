@@ -4,12 +4,12 @@ import copy
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import Final, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from backbone.calls import has_hook
+from backbone.calls import has_hook, runs_in_order
 from backbone.folded import FoldedConv2d, QuickLinear
 from backbone.graphs import GraphedExtractor
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, has_frozen_form
@@ -55,11 +55,13 @@ def optimize_for_inference(
     Batch norms, frozen or not, are folded into the convolution before them, each block ends in one fused kernel, and on
     the CPU weights are packed and linear layers run by oneDNN. It takes a bare backbone, a backbone with its pyramid,
     or a whole detector whose feature extractor is its ``backbone`` attribute (torchvision, detectron2, transformers).
-    Layers with hooks stay as they are. An ``nn.Sequential`` is expected to be called as a whole.
+    Convolutions and norms with hooks stay as they are. Neighbours in an ``nn.Sequential`` are taken to run one after
+    the other, and nowhere else.
 
     Args:
         model: The model, with its final weights. Those of the copy may be loaded anew, moved or edited in place under
-            ``torch.no_grad()``; edits through ``.data`` go unseen.
+            ``torch.no_grad()``, the latter without ``cuda_graphs``; edits through ``.data`` go unseen. On CUDA they are
+            prepared by the first calls: let those finish before others run on another stream.
         dtype: What the feature extractor computes in, such as torch.bfloat16; the weights' own dtype by default.
             Images may stay float32. A bare backbone returns features in this dtype; inside a detector they are cast
             back, so that the heads run as before.
@@ -71,9 +73,11 @@ def optimize_for_inference(
     """
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None, got {dtype}")
-    model = copy.deepcopy(model).eval()
+    model = _without_graphs(copy.deepcopy(model).eval())
     extractor = getattr(model, "backbone", None)
-    if not isinstance(extractor, nn.Module):
+    if isinstance(extractor, nn.Module):
+        extractor = model.backbone = _without_graphs(extractor)
+    else:
         extractor = model
     before = next((parameter.dtype for parameter in extractor.parameters()), torch.float32)
     folded = sum(_fold_norms(module) for module in model.modules())
@@ -94,11 +98,15 @@ def optimize_for_inference(
     return model
 
 
+def _without_graphs(module: nn.Module) -> nn.Module:
+    return module.extractor if isinstance(module, GraphedExtractor) else module
+
+
 def _fold_norms(parent: nn.Module) -> int:
     """Fold each batch norm among the children of ``parent`` into the convolution it follows; return how many."""
-    pairs = list(getattr(parent, "conv_norm_pairs", ()))
-    if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-        pairs += itertools.pairwise(parent._modules)
+    pairs = [] if "forward" in vars(parent) else list(getattr(parent, "conv_norm_pairs", ()))
+    if isinstance(parent, nn.Sequential):
+        pairs = list(itertools.pairwise(parent._modules)) if runs_in_order(parent) else []
     folded = 0
     for conv_name, norm_name in pairs:
         conv, norm = parent._modules.get(conv_name), parent._modules.get(norm_name)
@@ -125,7 +133,7 @@ def _has_statistics(norm: nn.Module) -> bool:
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> FoldedConv2d:
-    """Fold in double precision and round once."""
+    """Fold in double precision and round to the dtype of ``conv``."""
     mean, variance = norm.get_buffer("running_mean").double(), norm.get_buffer("running_var").double()
     weight, bias = norm.weight, norm.bias  # parameters or buffers, or None without affine
     scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
@@ -158,23 +166,33 @@ def _compute_in(dtype: torch.dtype, extractor: nn.Module, *, casts_back: bool) -
     before = next((parameter.dtype for parameter in extractor.parameters()), torch.float32)
     for hooks in (extractor._forward_pre_hooks, extractor._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(hook, _Cast):  # of an earlier time
-                before = hook.dtype  # at last the one of the features
+            if isinstance(hook, _CastInputs | _CastOutputs):  # of an earlier time
+                before = hook.dtype  # at last the one of the outputs
                 del hooks[key]
     extractor.to(dtype)
-    extractor.register_forward_pre_hook(_Cast(dtype))
+    extractor.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
     if casts_back:
-        extractor.register_forward_hook(_Cast(before))
+        extractor.register_forward_hook(_CastOutputs(before))
 
 
 @dataclass(frozen=True, slots=True)
-class _Cast:
-    """A hook before or after a forward that casts what comes by; unlike a function in a function it can be pickled."""
+class _CastInputs:
+    """A hook before a forward; unlike a function in a function it can be pickled."""
 
     dtype: torch.dtype
 
-    def __call__(self, _module: nn.Module, *values: object) -> object:
-        return _cast(values[-1], self.dtype)
+    def __call__(self, _module: nn.Module, args: object, kwargs: object) -> tuple[Any, Any]:
+        return _cast(args, self.dtype), _cast(kwargs, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _CastOutputs:
+    """A hook after a forward."""
+
+    dtype: torch.dtype
+
+    def __call__(self, _module: nn.Module, _inputs: object, outputs: object) -> object:
+        return _cast(outputs, self.dtype)
 
 
 def _cast(value: object, dtype: torch.dtype) -> object:

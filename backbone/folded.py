@@ -65,26 +65,21 @@ class FoldedConv2d(nn.Conv2d):
         if weight is None or bias is None:  # the long one in DataParallel's replicas, or after pruning
             weight, bias = self.weight, self.bias
             assert bias is not None
+        if (weight.requires_grad or bias.requires_grad) and not torch.compiler.is_compiling():
+            self._forget()  # an optimizer's fused step moves no version counter
         autocasts = is_autocast(x) and torch.get_autocast_dtype(x.device.type) != weight.dtype
         if not autocasts and x.dtype != weight.dtype:
             x = x.to(weight.dtype)
-        if autocasts or x.ndim != 4 or is_seen_through(x):  # noqa: PLR2004
-            return self._plain(x, weight, bias, residual, relu=relu)
-        if weight.requires_grad or bias.requires_grad:
-            self._forget()  # an optimizer's fused step moves no version counter
-        if needs_grad(x, weight, residual):
-            return self._plain(x, weight, bias, residual, relu=relu)
+        if autocasts or x.ndim != 4 or is_seen_through(x) or needs_grad(x, weight, bias, residual):  # noqa: PLR2004
+            out = F.conv2d(x, weight, bias, *self.geometry)
+            out = out if residual is None else out + residual
+            return F.relu(out) if relu else out
         # read once: another thread may prepare for another shape meanwhile
         packed, winograd = (self._packed, self._winograd) if self._prepare_for(x, weight, bias) else (None, None)
         if winograd is not None and residual is None:
             return winograd(x, relu=relu)
         best = weight if packed is None else packed
         return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
-
-    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
-        out = F.conv2d(x, weight, bias, *self.geometry)
-        out = out if residual is None else out + residual
-        return F.relu(out) if relu else out
 
     def _prepare_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
         """Pack the weight once a shape comes twice, consider Winograd when it comes again; return whether it came.
@@ -115,10 +110,7 @@ class FoldedConv2d(nn.Conv2d):
             self._passed_over = 0
         if self._packed is None:
             with torch.inference_mode(False), torch.no_grad():
-                packed = pack(weight, self.geometry, x)
-            if x.is_cuda:
-                torch.cuda.current_stream(x.device).synchronize()  # the next call may be on another stream
-            self._packed = packed
+                self._packed = pack(weight, self.geometry, x)
         elif self._winograd is None and suits(x, weight, self.geometry):
             self._winograd = WinogradConv(weight, bias, x)
         return True

@@ -44,6 +44,9 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
             if freeze or getattr(module, "is_frozen", False):
                 swapped.train(backbone.training and not freeze)
             swapped.is_frozen = freeze  # type: ignore[assignment]
+            for norm in swapped.modules():
+                if isinstance(norm, FrozenBatchNorm2d):
+                    norm.generation += 1  # what trained may have changed unseen
         for path in backbone.stage_parameters.get(stage, ()):
             _set_parameter_trainable(backbone.get_parameter(path), not freeze)
 

@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.calls import compute_dtype, is_autocast, is_seen_through, is_watched, is_watched_within, needs_grad
+from backbone.calls import (
+    compute_dtype,
+    is_autocast,
+    is_seen_through,
+    is_watched,
+    is_watched_within,
+    needs_grad,
+    runs_in_order,
+)
 from backbone.folded import FoldedConv2d
 from backbone.gradient import FrozenLayer, scaled, with_gradient
 from backbone.kept import unless_changed
@@ -50,7 +58,10 @@ def conv_norm_act(
         Features (N, C_out, H_out, W_out) in the dtype of the convolution's output.
     """
     ends_in_relu = _ending(norm) is nn.ReLU
-    if isinstance(conv, FoldedConv2d) and (isinstance(norm, nn.Identity) or (ends_in_relu and residual is None)):
+    if isinstance(conv, FoldedConv2d) and (
+        isinstance(norm, nn.Identity)
+        or (ends_in_relu and residual is None and not hasattr(norm, "running_var"))  # with hooks it was not folded
+    ):
         return conv.fused(x, residual, relu=relu or ends_in_relu, reuse_residual=reuse_residual)
     layer = (conv, norm)
     if is_seen_through(x) or not is_frozen_layer(layer, x, before_relu=residual is None):
@@ -80,10 +91,11 @@ def residual_block(
     """
     shortcut: list[Layer] = [] if projection is None else [(projection[0], projection[1])]
     watched = projection is not None and is_watched(projection)
-    known = projection is None or (len(projection) == 2 and _runs_in_order(projection))  # noqa: PLR2004
+    known = projection is None or len(projection) == 2  # noqa: PLR2004
     checked = (*layers, *shortcut) if torch.is_grad_enabled() and known and not watched else ()
     seen_through = len(checked) > 0 and is_seen_through(x)  # torch 2.11 compiles no bool(tuple)
-    frozen = [] if seen_through else [layer for layer in checked if is_frozen_layer(layer, x)]
+    is_known = not seen_through and (projection is None or runs_in_order(projection))
+    frozen = [layer for layer in checked if is_frozen_layer(layer, x)] if is_known else []
     if len(frozen) == len(layers) + len(shortcut):
         x = x.to(compute_dtype(x))
         if needs_grad(x, *[conv.weight for conv, _ in frozen]):
@@ -119,12 +131,6 @@ def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, like: Tensor) -> tuple[Tensor
     """Return weight (C_out, C_in / groups, kh, kw) and bias (C_out,) of ``norm(conv(x))``, in the dtype of ``like``."""
     scale, shift = norm.scale_and_shift()
     return scaled(conv.weight.detach(), scale, like), shift.to(like.dtype)
-
-
-def _runs_in_order(layers: nn.Sequential) -> bool:
-    """Whether calling ``layers`` is calling them one after the other, and nothing else."""
-    cls = type(layers)
-    return cls.forward is nn.Sequential.forward or hasattr(cls, "conv_norm_pairs")
 
 
 def _ending(norm: nn.Module) -> type[nn.Module] | None:

@@ -6,7 +6,8 @@ in the same generation of its norm, and, on the CPU, with the same values (of a 
 where a look would wait for the device and a fused optimizer moves no version counter, nothing that trains is kept.
 
 One edit goes unseen: a few values of a weight changed through ``.data``, or any number of a frozen weight on CUDA.
-Write under ``torch.no_grad()`` instead, or call ``train()`` and ``eval()`` after it.
+Write under ``torch.no_grad()`` instead, or call ``train()`` and ``eval()`` after it. And on CUDA a result is made on
+the stream of the call that needs it first: let that one finish before calls on other streams.
 """
 
 import functools
@@ -74,8 +75,6 @@ def unless_changed(
     ):
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used outside
             kept = _Kept(sources, state, tuple(sample.clone() for sample in samples), compute())
-        if not on_cpu:
-            torch.cuda.current_stream(device).synchronize()  # the next call may be on another stream
         entries[purpose] = kept
     return kept.result
 

@@ -5,6 +5,7 @@ from typing import Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 
 def _onednn_dtypes() -> frozenset[torch.dtype]:
@@ -29,8 +30,9 @@ class Geometry(NamedTuple):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "Geometry":
         """Read the geometry off a convolution with numeric padding."""
-        pairs = (conv.stride, conv.padding, conv.dilation)  # torch's own takes a number too, set after construction
-        stride, padding, dilation = (pair if isinstance(pair, tuple) else (pair, pair) for pair in pairs)
+        stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+        if not (type(stride) is type(padding) is type(dilation) is tuple):  # set afterwards: to a number, say
+            stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
         return cls(stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
 
 
@@ -165,7 +167,7 @@ def _is_slow_stem(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def _is_packed_stem(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    return geometry == STEM and weight.shape[1] != x.shape[1]
+    return geometry == STEM and weight.shape[2:] == (4, 4) and weight.shape[1] != x.shape[1]
 
 
 def _stem_weight(weight: Tensor) -> Tensor:

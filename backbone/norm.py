@@ -27,8 +27,8 @@ class FrozenBatchNorm2d(nn.Module):
         frozen_from: The layer this one stands for until it is thawed, in a tuple so that it is no child of this one;
             None if there is none.
         built_frozen: Whether it is frozen by ``norm="frozen_bn"`` and stays so when its stage thaws.
-        generation: Grows where values may have changed unseen (``to()``, ``train()``); guards what is computed from
-            them and kept.
+        generation: Grows where values may have changed unseen (``to()``, ``train()``, ``freeze_stages``); guards what
+            is computed from them and kept.
     """
 
     weight: nn.Parameter

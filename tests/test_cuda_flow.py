@@ -8,7 +8,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -100,7 +99,6 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flow]:
     monkeypatch.setattr(torch, "cudnn_convolution_relu", flow.convolve)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", flow.convolve_and_add)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
     monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
     monkeypatch.setattr(_FoldedLayers, "apply", flow.apply)
     monkeypatch.setattr(torch.version, "hip", None)

@@ -1,6 +1,7 @@
 """An optimised copy gives the same outputs, has no norms left, and leaves the original alone."""
 
 import copy
+import itertools
 import logging
 import pickle
 from collections.abc import Callable
@@ -58,8 +59,9 @@ def test_logits_stay_the_same() -> None:
 def test_bfloat16_takes_float_images_and_returns_bfloat16() -> None:
     model = trained(norm="frozen_bn").eval()
     images = torch.randn(1, 3, 64, 64)
-    features = optimize_for_inference(model, dtype=torch.bfloat16)(images)
-    assert {feature.dtype for feature in features.values()} == {torch.bfloat16}
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    for features in (fast(images), fast(images=images)):
+        assert {feature.dtype for feature in features.values()} == {torch.bfloat16}
     assert relative_error(features["c5"], model(images)["c5"]) < 3e-2
 
 
@@ -120,6 +122,7 @@ def test_an_edit_of_an_optimised_model_is_seen(edit: str) -> None:
 @torch.inference_mode()
 def test_an_edit_of_a_model_optimised_in_inference_mode_is_seen() -> None:
     fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    assert not any(parameter.is_inference() for parameter in fast.parameters())
     for _ in range(3):
         fast(images)
     fast.get_parameter("layer3.1.conv2.weight").mul_(2)
@@ -137,8 +140,9 @@ def test_weights_that_stand_in_for_a_call_are_used_for_that_call() -> None:
         del weights
 
 
+@pytest.mark.parametrize("is_half", [True, False])
 @pytest.mark.parametrize("looks", [True, False])
-def test_a_fused_optimizer_that_trains_an_optimised_model_is_seen(looks: bool) -> None:
+def test_a_fused_optimizer_that_trains_an_optimised_model_is_seen(looks: bool, is_half: bool) -> None:
     """Its step moves no version counter."""
     fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -146,7 +150,9 @@ def test_a_fused_optimizer_that_trains_an_optimised_model_is_seen(looks: bool) -
             fast(images)
     optimizer = torch.optim.SGD(fast.requires_grad_().parameters(), lr=0.1, fused=True)
     for _ in range(2):
-        fast(images)["c5"].square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            loss = fast(images)["c5"].square().mean()
+        loss.backward()
         optimizer.step()
         if looks:
             with torch.no_grad():
@@ -166,6 +172,23 @@ def test_an_optimised_model_runs_in_the_replicas_of_data_parallel() -> None:
     assert relative_error(replicas[fast](images)["c5"], fast(images)["c5"]) <= 1e-5
 
 
+@torch.no_grad()
+def test_a_norm_with_a_hook_and_a_relu_is_called() -> None:
+    model: Any = build("timm/regnetx_002", norm="frozen_bn").eval()
+    randomise_norms(model)
+    model.network.stem.bn.register_forward_hook(lambda *of: of[2] / 2)
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images)["c2"]
+    assert relative_error(optimize_for_inference(model)(images)["c2"], expected) <= 1e-5
+
+
+def test_biases_of_an_optimised_model_can_be_trained_alone() -> None:
+    fast, images = optimize_for_inference(trained()), torch.randn(1, 3, 64, 64)
+    biases = [parameter.requires_grad_() for name, parameter in fast.named_parameters() if name.endswith("bias")]
+    fast(images)["c5"].sum().backward()
+    assert all(bias.grad is not None for bias in biases)
+
+
 class Late(nn.Sequential):
     """No row: the norm sees more than the convolution's output."""
 
@@ -181,12 +204,18 @@ HOOKED: dict[str, Callable[[Any], object]] = {
         model.layer2[0].downsample[1].register_forward_hook(lambda *of: of[2] / 2)
     ),
     "a replaced forward": lambda model: halve(model.layer2[0].conv1),
+    "a replaced forward of a row": lambda model: lift(model.layer2[0].downsample),
     "a Sequential with a forward of its own": lambda model: setattr(model.layer2[0], "downsample", late()),
 }
 
 
 def halve(conv: nn.Conv2d) -> None:
     conv.forward = lambda x: nn.Conv2d.forward(conv, x) / 2  # type: ignore[method-assign, assignment]
+
+
+def lift(row: nn.Sequential) -> None:
+    conv, norm = row
+    row.forward = lambda x: norm(conv(x) + 1)  # type: ignore[method-assign]
 
 
 def late() -> Late:
@@ -345,8 +374,10 @@ def test_a_detector_in_bfloat16_keeps_its_heads_in_float() -> None:
     assert {feature.dtype for feature in fast.backbone(torch.rand(1, 3, 96, 96)).values()} == {torch.float32}
     assert fast([torch.rand(3, 96, 80)])[0]["scores"].dtype == torch.float32
     pickle.loads(pickle.dumps(fast))
-    for dtype in (torch.bfloat16, torch.float32):
-        again: Any = optimize_for_inference(fast, dtype=dtype)
+    for dtype, cuda_graphs in itertools.product((torch.bfloat16, torch.float32), (True, False)):
+        again: Any = optimize_for_inference(
+            optimize_for_inference(fast, dtype=torch.bfloat16, cuda_graphs=cuda_graphs), dtype=dtype
+        )
         assert next(again.backbone.parameters()).dtype == dtype
         assert again([torch.rand(3, 96, 80)])[0]["scores"].dtype == torch.float32
 
@@ -375,8 +406,9 @@ def test_images_may_stay_float_whatever_the_first_layer_is() -> None:
     model: Any = build("timm/tf_efficientnet_lite0").eval()
     images = torch.randn(1, 3, 64, 64)
     assert type(next(model.network.children())) is not nn.Conv2d
-    features = optimize_for_inference(model, dtype=torch.bfloat16)(images)
-    assert {feature.dtype for feature in features.values()} == {torch.bfloat16}
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    for features in (fast(images), fast(images=images)):
+        assert {feature.dtype for feature in features.values()} == {torch.bfloat16}
 
 
 @torch.no_grad()
@@ -407,6 +439,13 @@ def test_a_head_shared_between_levels_is_prepared_for_the_finest() -> None:
             assert relative_error(fast(x), head(x)) <= 1e-5
     assert fast[0]._prepared_shape[-1] == 32
     assert fast[0]._winograd is not None
+
+
+def test_linear_layers_take_sparse_input() -> None:
+    layer = nn.Linear(5, 3)
+    x = torch.randn(4, 5)
+    with torch.no_grad():
+        assert relative_error(optimize_for_inference(layer)(x.to_sparse()), layer(x)) <= 1e-5
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])

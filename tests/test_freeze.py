@@ -235,3 +235,13 @@ def test_optimizer_state_outlives_a_schedule_that_freezes_and_thaws() -> None:
 def test_impossible_schedule_is_refused(periods: dict[int, int], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         FreezeSchedule(periods)
+
+
+def test_what_trained_between_two_freezings_is_told_by_its_norms() -> None:
+    """A fused optimizer's step moves no version counter, and on CUDA nobody looks at the values."""
+    model = build("resnet18", norm="frozen_bn", freeze_at=5).eval()
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    before = [norm.generation for norm in norms]
+    freeze_stages(model, 0)
+    freeze_stages(model, 5)
+    assert all(norm.generation > then for norm, then in zip(norms, before, strict=True))

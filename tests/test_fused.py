@@ -18,7 +18,7 @@ from conftest import build, randomise_norms, relative_error, saved_mebibytes
 from torch import Tensor, nn
 
 from backbone import Backbone, FrozenBatchNorm2d, freeze_norms, freeze_stages, thaw_norms
-from backbone.blocks import BasicBlock, Bottleneck
+from backbone.blocks import BasicBlock, Bottleneck, Projection
 from backbone.calls import is_watched_within
 from backbone.fused import conv_norm_act
 from backbone.resnet import ResNet, Stage, Variant
@@ -333,22 +333,35 @@ class Biased(nn.Sequential):
         return norm(conv(x) + 1)  # type: ignore[no-any-return]
 
 
-def test_a_shortcut_with_a_forward_of_its_own_is_called() -> None:
+class Tripled(Projection):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 3
+
+
+def replaced(*layers: nn.Module) -> nn.Sequential:
+    row = nn.Sequential(*layers)
+    row.forward = lambda x: layers[1](layers[0](x) + 1)  # type: ignore[method-assign]
+    return row
+
+
+@pytest.mark.parametrize("shortcut", [Biased, Tripled, replaced])
+def test_a_shortcut_with_a_forward_of_its_own_is_called(shortcut: Callable[..., nn.Sequential]) -> None:
     block = BasicBlock(8, 16, 2, 1, 1, FrozenBatchNorm2d)
     randomise_norms(block)
     x = torch.randn(1, 8, 8, 8)
     before = block(x)
     assert isinstance(block.downsample, nn.Sequential)
-    block.downsample = Biased(*block.downsample)  # type: ignore[assignment]
+    block.downsample = shortcut(*block.downsample)  # type: ignore[assignment]
     with unfused():
         expected = block(x)
     assert relative_error(before, expected) > 1e-3
     assert relative_error(block(x), expected) <= 1e-5
 
 
-def test_a_stride_set_to_a_number_afterwards_works() -> None:
+@pytest.mark.parametrize("stride", [1, [1, 1]])
+def test_a_stride_set_afterwards_works(stride: Any) -> None:
     conv, norm = conv_and_norm({"kernel_size": 3, "padding": 1, "stride": 2})
-    conv.stride = 1  # type: ignore[assignment]
+    conv.stride = stride
     x = torch.randn(1, 16, 8, 8)
     assert relative_error(conv_norm_act(x, conv, norm), F.relu(norm(conv(x)))) <= 1e-5
     with torch.no_grad():
