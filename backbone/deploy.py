@@ -79,7 +79,6 @@ def optimize_for_inference(
         extractor = model.backbone = _without_graphs(extractor)
     else:
         extractor = model
-    before = next((parameter.dtype for parameter in extractor.parameters()), torch.float32)
     folded = sum(_fold_norms(module) for module in model.modules())
     prepared = _prepare(model)
     layers = [module for module in model.modules() if type(module) is nn.Linear]
@@ -93,7 +92,8 @@ def optimize_for_inference(
     elif cuda_graphs:
         model.backbone = GraphedExtractor(extractor)
     kept = tuple(name for name, module in model.named_modules() if _is_norm(module))
-    model.optimization = Optimization(folded, prepared, kept, dtype or before, len(layers))  # type: ignore[assignment]
+    computes_in = next((parameter.dtype for parameter in extractor.parameters()), dtype or torch.float32)
+    model.optimization = Optimization(folded, prepared, kept, computes_in, len(layers))  # type: ignore[assignment]
     _log.info("%s: %s", type(model).__name__, model.optimization)
     return model
 
@@ -164,11 +164,13 @@ def _is_norm(module: nn.Module) -> bool:
 def _compute_in(dtype: torch.dtype, extractor: nn.Module, *, casts_back: bool) -> None:
     """Let ``extractor`` take any floats and compute in ``dtype``; ``casts_back``: and return the dtype it did."""
     before = next((parameter.dtype for parameter in extractor.parameters()), torch.float32)
-    for hooks in (extractor._forward_pre_hooks, extractor._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(hook, _CastInputs | _CastOutputs):  # of an earlier time
-                before = hook.dtype  # at last the one of the outputs
-                del hooks[key]
+    for module in extractor.modules():  # what was optimised earlier, it or a part of it, casts to another dtype
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _CastInputs | _CastOutputs):
+                    before = hook.dtype if module is extractor else before  # at last the one of the outputs
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
     extractor.to(dtype)
     extractor.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
     if casts_back:

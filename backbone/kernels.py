@@ -136,9 +136,10 @@ def _has_cudnn(x: Tensor) -> bool:
 
 
 def _cudnn_fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether fused kernels are known to take so many channels: more than one a group, in half precision by eights.
+    """Whether fused kernels may take this convolution.
 
-    They compute in float32 at most, and torch lets them choose algorithms that are not deterministic.
+    They are known to take more than one channel a group, and in half precision channels by eights. They compute in
+    float32 at most, and torch lets them choose algorithms that are not deterministic.
     """
     if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
         return False

@@ -441,6 +441,22 @@ def test_a_head_shared_between_levels_is_prepared_for_the_finest() -> None:
     assert fast[0]._winograd is not None
 
 
+@torch.no_grad()
+def test_a_part_that_was_optimised_earlier_takes_the_dtype_of_the_whole() -> None:
+    model: Any = build("timm/tf_efficientnet_lite0").eval()
+    images = torch.randn(1, 3, 64, 64)
+    whole = nn.Sequential(optimize_for_inference(model, dtype=torch.bfloat16))
+    assert optimize_for_inference(whole, dtype=torch.float32)(images)["c5"].dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@torch.no_grad()
+def test_linear_layers_take_nested_input() -> None:
+    layer, rows = nn.Linear(5, 3), [torch.randn(2, 5), torch.randn(4, 5)]
+    found = optimize_for_inference(layer)(torch.nested.nested_tensor(rows)).unbind()
+    assert all(relative_error(actual, layer(row)) <= 1e-5 for actual, row in zip(found, rows, strict=True))
+
+
 def test_linear_layers_take_sparse_input() -> None:
     layer = nn.Linear(5, 3)
     x = torch.randn(4, 5)
