@@ -7,12 +7,12 @@ model = build_backbone(BackboneConfig(name="resnet50", weights="IMAGENET1K_V2", 
 features = model(images)  # (N, 3, H, W) -> {"c2": (N, 256, H/4, W/4), ..., "c5": (N, 2048, H/32, W/32)}
 """
 
-from backbone import resnet as _resnet  # registers the ResNet family
+import backbone.providers.resnet.network as _resnet  # registers the ResNet family
 from backbone.builder import build_backbone
 from backbone.config import BackboneConfig, load_config
-from backbone.deploy import optimize_for_inference
 from backbone.features import Backbone, Features, FeatureSpec, Preprocessing
 from backbone.freeze import FreezeSchedule, StageReport, freeze_report, freeze_stages
+from backbone.inference.optimize import optimize_for_inference
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, thaw_norms
 from backbone.registry import UnknownBackboneError, list_backbones, register_backbone
 from backbone.weights import LoadReport, convert_weights, inspect_weights, load_weights
@@ -41,5 +41,4 @@ __all__ = [
     "register_backbone",
     "thaw_norms",
 ]
-
 del _resnet

@@ -1,5 +1,5 @@
 """``python -m backbone`` is the command ``backbone``."""
 
-from backbone.cli import main
+from backbone.command.app import main
 
 main()

@@ -14,7 +14,7 @@ ENTRY_POINT_GROUP: Final = "backbone.backbones"
 """A plugin package declares ``name = "package.module:constructor"`` under this group."""
 
 BUILT_IN: Final = "built in"
-_LIBRARIES: Final = {"timm": "backbone.timm"}
+_LIBRARIES: Final = {"timm": "backbone.providers.timm.provider"}
 """What comes before the slash in the names of a library's models -> the module that knows them, imported on demand."""
 
 BackboneConstructor: TypeAlias = Callable[[BackboneConfig], Backbone]

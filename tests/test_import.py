@@ -31,7 +31,7 @@ after = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enable
 library = sorted(sys.modules)
 names = backbone.list_backbones()
 listing = "{PLUGIN}" in sys.modules
-import backbone.cli
+import backbone.command.app
 print(json.dumps(dict(
     library=library, command=sorted(sys.modules), names=names, imported_by_listing=listing,
     same_state=before == after, torch_seconds=torch_seconds, backbone_seconds=backbone_seconds,

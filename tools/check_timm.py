@@ -23,10 +23,10 @@ from torch import Tensor
 
 from backbone import Backbone, BackboneConfig, build_backbone, freeze_stages
 from backbone.hosts.torchvision import build_detector
+from backbone.providers.timm.plan import features_at, plan
+from backbone.providers.timm.provider import TimmBackbone
 from backbone.recipe import DetectorConfig, PyramidConfig
 from backbone.stages import STAGE_NAMES
-from backbone.timm import TimmBackbone
-from backbone.timm_plan import features_at, plan
 
 LIMIT = 1e-5  # largest difference in units of the largest value
 SIDE = 128  # image pixels

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Final
 
 import typer
 import yaml
-from make_shapes_dataset import make_shapes_dataset
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from shapes.make_shapes_dataset import make_shapes_dataset
 
 from backbone.recipe import DetectorConfig, load_detector_config
 

@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from backbone.builder import build_backbone
-from backbone.catalogue import Entry, find_backbones, parse_count, parse_strides
+from backbone.command.catalogue import Entry, find_backbones, parse_count, parse_strides
+from backbone.command.description import Description, describe
+from backbone.command.extraction import extract_features, find_images, read_image, refuse_overwriting, save_results
 from backbone.config import BackboneConfig, explain, load_config
-from backbone.describe import Description, describe
-from backbone.extract import extract_features, find_images, read_image, refuse_overwriting, save_results
 from backbone.features import Backbone
 from backbone.weights import TARGETS, Inspection, convert_weights, inspect_weights, load_weights
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.calls import is_autocast, is_seen_through, needs_grad
-from backbone.kernels import Geometry, conv_bias_act, has_onednn, layout_depends_on, pack
-from backbone.products import HAS_LINEAR, linear
-from backbone.winograd import WinogradConv, suits
+from backbone.engine.calls import is_autocast, is_seen_through, needs_grad
+from backbone.engine.kernels import Geometry, conv_bias_act, has_onednn, layout_depends_on, pack
+from backbone.engine.products import HAS_LINEAR, linear
+from backbone.engine.winograd import WinogradConv, suits
 
 _PATIENCE: Final = 8  # calls of smaller shapes in a row
 _UNPREPARED: Final = {

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.kept import unless_changed
-from backbone.kernels import Geometry, conv_bias_act
+from backbone.engine.cached import unless_changed
+from backbone.engine.kernels import Geometry, conv_bias_act
+from backbone.engine.products import conv_backward, convolve
 from backbone.norm import FrozenBatchNorm2d
-from backbone.products import conv_backward, convolve
 
 FrozenLayer: TypeAlias = tuple[nn.Conv2d, FrozenBatchNorm2d]
 """A convolution and its frozen norm."""

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.calls import (
+from backbone.engine.cached import unless_changed
+from backbone.engine.calls import (
     compute_dtype,
     is_autocast,
     is_seen_through,
@@ -25,10 +26,9 @@ from backbone.calls import (
     needs_grad,
     runs_in_order,
 )
-from backbone.folded import FoldedConv2d
-from backbone.gradient import FrozenLayer, scaled, with_gradient
-from backbone.kept import unless_changed
-from backbone.kernels import Geometry, conv_bias_act, pack
+from backbone.engine.folded import FoldedConv2d
+from backbone.engine.gradient import FrozenLayer, scaled, with_gradient
+from backbone.engine.kernels import Geometry, conv_bias_act, pack
 from backbone.norm import FrozenBatchNorm2d, is_frozen_form
 
 Layer: TypeAlias = tuple[nn.Module, nn.Module]

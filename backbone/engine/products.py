@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.kernels import Geometry, has_onednn
+from backbone.engine.kernels import Geometry, has_onednn
 
 # oneDNN has other kernels for other CPUs, on which nobody has measured
 HAS_LINEAR: Final = (

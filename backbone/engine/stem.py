@@ -12,10 +12,10 @@ from typing import Final, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from backbone.calls import compute_dtype, is_autocast, is_seen_through, is_watched, needs_grad
-from backbone.folded import FoldedConv2d
-from backbone.fused import conv_norm_act, is_frozen_layer
-from backbone.kernels import STEM, Geometry, has_onednn
+from backbone.engine.calls import compute_dtype, is_autocast, is_seen_through, is_watched, needs_grad
+from backbone.engine.folded import FoldedConv2d
+from backbone.engine.kernels import STEM, Geometry, has_onednn
+from backbone.engine.operation import conv_norm_act, is_frozen_layer
 
 _FRESH_BYTES: Final = 32 * 2**20
 _BAND_BYTES: Final = 16 * 2**20  # of the tensor between

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.kernels import Geometry, conv_bias_act, has_onednn, pack
+from backbone.engine.kernels import Geometry, conv_bias_act, has_onednn, pack
 
 _TILE = 4  # output pixels per tile and direction
 _SPAN = 6  # input pixels per tile and direction

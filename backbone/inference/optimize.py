@@ -9,9 +9,9 @@ from typing import Any, Final, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from backbone.calls import has_hook, runs_in_order
-from backbone.folded import FoldedConv2d, QuickLinear
-from backbone.graphs import GraphedExtractor
+from backbone.engine.calls import has_hook, runs_in_order
+from backbone.engine.folded import FoldedConv2d, QuickLinear
+from backbone.inference.graphs import GraphedExtractor
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, has_frozen_form
 
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

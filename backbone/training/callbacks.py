@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from parameter_groups import backbone_of
 from rich.console import Console
 from torch import nn
 
 from backbone import FreezeSchedule, freeze_report
+from backbone.training.parameter_groups import backbone_of
 from backbone.weights.writing import write_atomically
 
 

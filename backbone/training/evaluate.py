@@ -9,13 +9,13 @@ from typing import Annotated
 
 import lightning as L
 import typer
-from coco_annotations import read_annotations
-from coco_data import CocoImages, UnreadableImageError, make_loader
-from detection_module import DetectionModule, load_detector_state
-from launch import Device, common_settings, console, readable_errors, require_possible
-from reports import print_metrics, save_metrics, save_sheet
 
 from backbone.recipe import load_detector_config
+from backbone.training.coco.annotations import read_annotations
+from backbone.training.coco.data import CocoImages, UnreadableImageError, make_loader
+from backbone.training.launch import Device, common_settings, console, readable_errors, require_possible
+from backbone.training.module import DetectionModule, load_detector_state
+from backbone.training.reports import print_metrics, save_metrics, save_sheet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -50,7 +50,3 @@ def main(
     if sheet:
         save_sheet(module, images, annotations.class_names, sheet)
         console.print(str(sheet))
-
-
-if __name__ == "__main__":
-    app()

@@ -10,11 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from callbacks import load_checkpoint
-from coco_data import IGNORED, Batch, CocoImages, Target, padded
-from coco_metrics import CocoMetrics
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from parameter_groups import backbone_of, make_optimizer, parameter_groups, rate_factor
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision.transforms import v2
@@ -22,6 +18,10 @@ from torchvision.transforms import v2
 from backbone.features import Preprocessing
 from backbone.hosts.torchvision import build_detector, unit_statistics
 from backbone.recipe import SEGMENTERS, DetectorConfig
+from backbone.training.callbacks import load_checkpoint
+from backbone.training.coco.data import IGNORED, Batch, CocoImages, Target, padded
+from backbone.training.coco.metrics import CocoMetrics
+from backbone.training.parameter_groups import backbone_of, make_optimizer, parameter_groups, rate_factor
 from backbone.weights.metadata import HEADER_KEY, Metadata
 
 AUX_WEIGHT = 0.4

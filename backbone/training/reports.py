@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from coco_data import CocoImages
-from detection_module import DetectionModule
-from pictures import draw_sheet
 from rich.console import Console
 from rich.table import Table
+
+from backbone.training.coco.data import CocoImages
+from backbone.training.module import DetectionModule
+from backbone.training.pictures import draw_sheet
 
 NUM_ON_SHEET: Final = 8
 

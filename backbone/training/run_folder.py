@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from callbacks import load_checkpoint
 from rich.console import Console
 
 from backbone.recipe import DetectorConfig
+from backbone.training.callbacks import load_checkpoint
 
 CHECKPOINT: Final = "last"
 MAY_CHANGE: Final = ("train.", "min_size", "max_size", "backbone.freeze_at", "backbone.checkpoint_stages")

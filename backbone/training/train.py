@@ -17,19 +17,19 @@ from typing import Annotated, Final
 
 import lightning as L
 import typer
-from callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
-from coco_annotations import Annotations, read_annotations
-from coco_data import CocoImages, UnreadableImageError, make_loader
-from detection_module import DetectionModule, backbone_state, portable_state
-from launch import Device, common_settings, console, readable_errors, require_possible
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from pictures import save_curves
-from reports import main_metrics, print_metrics, save_metrics, save_sheet
-from run_folder import CHECKPOINT, RunFolder
 
 from backbone import FreezeSchedule
 from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
+from backbone.training.callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
+from backbone.training.coco.annotations import Annotations, read_annotations
+from backbone.training.coco.data import CocoImages, UnreadableImageError, make_loader
+from backbone.training.launch import Device, common_settings, console, readable_errors, require_possible
+from backbone.training.module import DetectionModule, backbone_state, portable_state
+from backbone.training.pictures import save_curves
+from backbone.training.reports import main_metrics, print_metrics, save_metrics, save_sheet
+from backbone.training.run_folder import CHECKPOINT, RunFolder
 
 SPLITS: Final = ("train", "val")
 
@@ -134,7 +134,3 @@ def main(
         print_metrics(module.metrics, console)
         for path in save_results(module, history, images["val"], class_names, out):
             console.print(str(path))
-
-
-if __name__ == "__main__":
-    app()

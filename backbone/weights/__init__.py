@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from backbone.features import Backbone, Preprocessing
+from backbone.providers.input_channels import adapt_preprocessing, adapt_stem, stem_mapping
 from backbone.weights.convert import TARGETS, convert_weights
 from backbone.weights.fit import require_fit
 from backbone.weights.inspect import Inspection, inspect_weights
@@ -20,7 +21,6 @@ from backbone.weights.recognise import STEM, Recognised, recognise, wrapper
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
-from backbone.weights.stem import adapt_preprocessing, adapt_stem, stem_mapping
 
 __all__ = [
     "TARGETS",

@@ -8,16 +8,16 @@ from typing import Final
 
 import torch
 
-from backbone.resnet import FAMILY, ResNet
-from backbone.weights.detectron2 import DETECTRON2
+from backbone.providers.resnet.network import FAMILY, ResNet
 from backbone.weights.fit import require_fit
+from backbone.weights.formats.detectron2 import DETECTRON2
+from backbone.weights.formats.timm import TIMM
+from backbone.weights.formats.torchvision import TORCHVISION
+from backbone.weights.formats.transformers import TRANSFORMERS
 from backbone.weights.metadata import HEADER_KEY, Metadata
 from backbone.weights.recognise import Recognised, describe_network, network_name, recognise
 from backbone.weights.schemes import Format, State
 from backbone.weights.sources import open_source
-from backbone.weights.timm import TIMM
-from backbone.weights.torchvision import TORCHVISION
-from backbone.weights.transformers import TRANSFORMERS
 from backbone.weights.writing import write_atomically
 
 TARGETS: Final = {form.name: form for form in (TORCHVISION, TIMM, DETECTRON2, TRANSFORMERS)}

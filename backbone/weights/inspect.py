@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backbone.weights.caffe2 import carries_folded_norms
+from backbone.weights.formats.caffe2 import carries_folded_norms
 from backbone.weights.recognise import describe_network, recognise
 from backbone.weights.schemes import State
 from backbone.weights.sources import open_source

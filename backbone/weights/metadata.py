@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from backbone.blocks import Bottleneck
 from backbone.features import Backbone, Preprocessing
+from backbone.providers.resnet.blocks import Bottleneck
 
 HEADER_KEY: Final = "backbone_metadata"
 """Where our own files carry their metadata, as JSON."""

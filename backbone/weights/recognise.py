@@ -7,19 +7,19 @@ from typing import Final
 
 from torch import Tensor
 
-from backbone.blocks import BasicBlock, Bottleneck
-from backbone.resnet import FAMILY, Variant
-from backbone.weights.caffe2 import CAFFE2
-from backbone.weights.detectron2 import DETECTRON2
+from backbone.providers.resnet.blocks import BasicBlock, Bottleneck
+from backbone.providers.resnet.network import FAMILY, Variant
+from backbone.weights.formats.caffe2 import CAFFE2
+from backbone.weights.formats.detectron2 import DETECTRON2
+from backbone.weights.formats.mmdetection import MMDETECTION
+from backbone.weights.formats.self_supervised import SELF_SUPERVISED
+from backbone.weights.formats.timm import TIMM
+from backbone.weights.formats.torchvision import TORCHVISION, TORCHVISION_DETECTION
+from backbone.weights.formats.transformers import TRANSFORMERS
 from backbone.weights.metadata import Metadata
-from backbone.weights.mmdetection import MMDETECTION
 from backbone.weights.reading import MAX_DEPTH, Checkpoint
 from backbone.weights.report import listed
 from backbone.weights.schemes import Format, KeyScheme, State
-from backbone.weights.self_supervised import SELF_SUPERVISED
-from backbone.weights.timm import TIMM
-from backbone.weights.torchvision import TORCHVISION, TORCHVISION_DETECTION
-from backbone.weights.transformers import TRANSFORMERS
 
 FORMATS: Final = (
     MMDETECTION,

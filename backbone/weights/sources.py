@@ -16,7 +16,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backbone.weights import timm, torchvision
+from backbone.weights.formats import timm, torchvision
 from backbone.weights.reading import CHECKPOINT_SUFFIXES, MAX_FILE_BYTES, Checkpoint, read_checkpoint
 from backbone.weights.writing import put_in_place
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from backbone import Backbone, BackboneConfig, Features, build_backbone, list_backbones
-from backbone.cli import app
-from backbone.describe import describe
-from backbone.extract import extract_features, find_images, read_image
+from backbone.command.app import app
+from backbone.command.description import describe
+from backbone.command.extraction import extract_features, find_images, read_image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Deep Residual Learning, table 1 (v1 strides in the 1x1, v1.5 in the 3x3), and torchvision's parameters.
 # The paper cuts its decimals off and leaves out the classifier and shortcuts: up to 0.07 is explained by that.
@@ -500,7 +500,7 @@ def test_photo_that_cannot_be_computed_is_named_and_the_others_finish(
             raise error
         return extract_features(backbone, image)
 
-    monkeypatch.setattr("backbone.cli.extract_features", extract_small_ones)
+    monkeypatch.setattr("backbone.command.app.extract_features", extract_small_ones)
     photos = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", size=(65, 48)), photo(tmp_path / "c.png")]
     result = extract(inputs, tmp_path / "out", "--images", *photos)
     said = re.search(rf"error: {re.escape(str(photos[1]))}: .*{piece}", result.stderr)
@@ -515,7 +515,7 @@ def test_chatter_while_building_stays_out_of_stdout(
         sys.stdout.write("Downloading: weights")
         return build_backbone(config)
 
-    monkeypatch.setattr("backbone.cli.build_backbone", build_like_torch_hub)
+    monkeypatch.setattr("backbone.command.app.build_backbone", build_like_torch_hub)
     result = extract(inputs, tmp_path, "--images", inputs / "photo.png")
     said = "Downloading: weights" in result.stderr
     written = [str(tmp_path / f"photo.{kind}") for kind in ("safetensors", "png")]
@@ -587,7 +587,7 @@ def test_two_photos_of_one_stem_are_refused_with_both_names(inputs: Path, tmp_pa
 
 
 def test_error_is_text_on_stderr_in_a_real_process(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", "from backbone.cli import main; main()"]
+    program = [sys.executable, "-c", "from backbone.command.app import main; main()"]
     arguments = ["extract", "--name", "resnet19", "--images", str(photo(tmp_path / "a.png")), "--out", "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*program, *arguments], env=environment, cwd=tmp_path, capture_output=True, check=False)

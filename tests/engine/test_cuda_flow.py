@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone import optimize_for_inference
-from backbone.folded import FoldedConv2d
-from backbone.gradient import _FoldedLayers
+from backbone.engine.folded import FoldedConv2d
+from backbone.engine.gradient import _FoldedLayers
 
 # what is kept is told by addresses; fake ones are all 0
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -103,7 +103,7 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flow]:
     monkeypatch.setattr(_FoldedLayers, "apply", flow.apply)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)  # the modes below are not the user's
-    for name in ("backbone.fused", "backbone.calls"):
+    for name in ("backbone.engine.operation", "backbone.engine.calls"):
         monkeypatch.setattr(sys.modules[name], "type", class_of, raising=False)
 
     def fold(*args: Any) -> tuple[Tensor, Tensor]:
@@ -111,8 +111,8 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flow]:
         weight, bias = real_fold(*args)
         return weight, bias
 
-    real_fold = sys.modules["backbone.fused"].fold
-    monkeypatch.setattr(sys.modules["backbone.fused"], "fold", fold)
+    real_fold = sys.modules["backbone.engine.operation"].fold
+    monkeypatch.setattr(sys.modules["backbone.engine.operation"], "fold", fold)
     with FakeTensorMode(), Strict():  # type: ignore[no-untyped-call]
         yield flow
 

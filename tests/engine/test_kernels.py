@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from backbone.kernels import _space_to_depth, _stem_weight
+from backbone.engine.kernels import _space_to_depth, _stem_weight
 
 SIZES = [(1, 1), (2, 3), (7, 8), (33, 64)]
 

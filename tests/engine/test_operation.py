@@ -18,10 +18,10 @@ from conftest import build, randomise_norms, relative_error, saved_mebibytes
 from torch import Tensor, nn
 
 from backbone import Backbone, FrozenBatchNorm2d, freeze_norms, freeze_stages, thaw_norms
-from backbone.blocks import BasicBlock, Bottleneck, Projection
-from backbone.calls import is_watched_within
-from backbone.fused import conv_norm_act
-from backbone.resnet import ResNet, Stage, Variant
+from backbone.engine.calls import is_watched_within
+from backbone.engine.operation import conv_norm_act
+from backbone.providers.resnet.blocks import BasicBlock, Bottleneck, Projection
+from backbone.providers.resnet.network import ResNet, Stage, Variant
 
 CONVOLUTIONS = {
     "1x1": {"kernel_size": 1},
@@ -39,8 +39,8 @@ LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.cha
 def unfused() -> Iterator[None]:
     """Let every call take the plain path."""
     with (
-        patch("backbone.fused.is_frozen_layer", lambda *_, **__: False),
-        patch("backbone.stem.is_frozen_layer", lambda *_, **__: False),
+        patch("backbone.engine.operation.is_frozen_layer", lambda *_, **__: False),
+        patch("backbone.engine.stem.is_frozen_layer", lambda *_, **__: False),
     ):
         yield
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from conftest import relative_error
 from torch import Tensor
 
-from backbone import products
-from backbone.kernels import Geometry, has_onednn
-from backbone.products import conv_backward, convolve
+from backbone.engine import products
+from backbone.engine.kernels import Geometry, has_onednn
+from backbone.engine.products import conv_backward, convolve
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 GEOMETRIES = {

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone import FrozenBatchNorm2d, optimize_for_inference
-from backbone import stem as stem_file
-from backbone.folded import FoldedConv2d
-from backbone.fused import conv_norm_act, fold
-from backbone.stem import Bands, plan_bands, stem
+from backbone.engine import stem as stem_file
+from backbone.engine.folded import FoldedConv2d
+from backbone.engine.operation import conv_norm_act, fold
+from backbone.engine.stem import Bands, plan_bands, stem
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 Layers = tuple[nn.Conv2d, nn.Module, nn.MaxPool2d]

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from backbone.kernels import Geometry, has_onednn
-from backbone.winograd import WinogradConv, suits
+from backbone.engine.kernels import Geometry, has_onednn
+from backbone.engine.winograd import WinogradConv, suits
 
 pytestmark = pytest.mark.skipif(not has_onednn(torch.zeros(1)), reason="this build of torch has no oneDNN")
 SAME = Geometry((1, 1), (1, 1), (1, 1), 1)

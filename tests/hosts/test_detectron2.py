@@ -50,7 +50,6 @@ from backbone import (
     optimize_for_inference,
     register_backbone,
 )
-from backbone.deformable import DeformableConv3x3
 from backbone.hosts.detectron2 import (
     DROP_IN_BUILDERS,
     DetectronBackbone,
@@ -58,6 +57,7 @@ from backbone.hosts.detectron2 import (
     FreezeScheduleHook,
     add_backbone_config,
 )
+from backbone.providers.resnet.deformable import DeformableConv3x3
 
 THEIR_PLAIN, THEIR_FPN, THEIR_RETINANET = DROP_IN_BUILDERS
 ALL_FEATURES = ["res2", "res3", "res4", "res5"]

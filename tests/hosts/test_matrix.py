@@ -14,7 +14,7 @@ from backbone import registry as registry_module
 from backbone.hosts.torchvision import build_detector
 from backbone.recipe import DetectorConfig
 
-EXAMPLE = Path(__file__).parents[1] / "example_plugin"
+EXAMPLE = Path(__file__).parents[1] / "providers" / "example_plugin"
 
 BACKBONES = ("resnet50", "timm/convnext_atto", "timm/regnetx_002", "tiny_pyramid_net")
 FREEZE_AT = 2

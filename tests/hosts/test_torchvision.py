@@ -334,7 +334,7 @@ def test_images_are_turned_to_bgr_for_weights_that_expect_it(monkeypatch: pytest
         model.preprocessing = Preprocessing((0.0, 0.5, 1.0), (1.0, 1.0, 1.0), "bgr")
         return model
 
-    monkeypatch.setattr("backbone.hosts.torchvision.build_backbone", caffe_weights)
+    monkeypatch.setattr("backbone.hosts.torchvision.detectors.build_backbone", caffe_weights)
     model: Any = build("faster_rcnn", backbone={"name": "resnet18"})
     image = torch.rand(3, 4, 4)
     assert torch.equal(model.transform.normalize(image), torch.stack([image[2], image[1] - 0.5, image[0] - 1]))

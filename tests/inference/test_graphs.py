@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbone import optimize_for_inference
-from backbone.graphs import GraphedExtractor
+from backbone.inference.graphs import GraphedExtractor
 
 CHANGES: dict[str, Any] = {
     "loading": lambda model: model.load_state_dict(model.state_dict()),

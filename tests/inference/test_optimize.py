@@ -18,7 +18,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork
 
 from backbone import Backbone, optimize_for_inference
-from backbone.resnet import FAMILY
+from backbone.providers.resnet.network import FAMILY
 
 
 def trained(name: str = "resnet18", **settings: object) -> Backbone:

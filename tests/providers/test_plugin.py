@@ -11,8 +11,9 @@ import torch
 from conftest import build
 from typer.testing import CliRunner
 
-from backbone import cli, freeze_report, list_backbones
-from backbone.catalogue import Entry, find_backbones, parse_count, parse_strides
+from backbone import freeze_report, list_backbones
+from backbone.command import app as cli
+from backbone.command.catalogue import Entry, find_backbones, parse_count, parse_strides
 from backbone.hosts.torchvision import build_detector
 from backbone.recipe import DetectorConfig
 from backbone.registry import find_constructor, origin

@@ -11,7 +11,7 @@ from conftest import build, randomise_norms, relative_error
 from torch import Tensor, nn
 
 from backbone import Backbone, freeze_norms, list_backbones
-from backbone.resnet import FAMILY
+from backbone.providers.resnet.network import FAMILY
 
 TOLERANCE = 1e-5
 FEATURES = ("c2", "c3", "c4", "c5")

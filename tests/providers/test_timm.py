@@ -28,11 +28,11 @@ from backbone import (
     optimize_for_inference,
     thaw_norms,
 )
+from backbone.providers.timm.plan import levels, plan
+from backbone.providers.timm.provider import TimmBackbone
 from backbone.stages import STAGE_NAMES
-from backbone.timm import TimmBackbone
-from backbone.timm_plan import levels, plan
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 ALL = ("c2", "c3", "c4", "c5")
 
 # One model for each way in which timm's families differ; `tools/check_timm.py` checks every family.

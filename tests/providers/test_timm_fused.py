@@ -12,8 +12,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
-from backbone import FrozenBatchNorm2d, freeze_norms, optimize_for_inference, timm_fused
-from backbone.timm_fused import FusedBottleneck
+from backbone import FrozenBatchNorm2d, freeze_norms, optimize_for_inference
+from backbone.providers.timm import fused as timm_fused
+from backbone.providers.timm.fused import FusedBottleneck
 
 # One model for each way through the blocks -> how many frozen norms still run on their own.
 MODELS = {

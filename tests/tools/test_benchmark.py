@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
     sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module("benchmark")
+    yield importlib.import_module("benchmark.command")
     sys.path.remove(str(TOOLS))
 
 
@@ -35,13 +35,13 @@ def run(tool: Any, *arguments: str) -> Any:
 @pytest.fixture
 def quick(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither long rounds nor large matrices: the numbers do not matter here."""
-    measures = importlib.import_module("benchmark_measures")
+    measures = importlib.import_module("benchmark.measures")
     monkeypatch.setattr(measures, "TIMED_SECONDS", 1e-4)
     monkeypatch.setattr(tool, "measure_machine", lambda *_: measures.Machine(1e11, 1e10))
 
 
 def test_each_layer_is_bound_by_arithmetic_or_by_memory(tool: Any) -> None:
-    measures = importlib.import_module("benchmark_measures")
+    measures = importlib.import_module("benchmark.measures")
     machine = measures.Machine(rate=100.0, bandwidth=10.0)
     arithmetic = tool.Layer(flops=1000, elements=5, residual=0, backward_passes=0)
     memory = tool.Layer(flops=10, elements=50, residual=25, backward_passes=0)
@@ -51,7 +51,7 @@ def test_each_layer_is_bound_by_arithmetic_or_by_memory(tool: Any) -> None:
 
 
 def test_backward_passes_read_no_residual(tool: Any) -> None:
-    machine = importlib.import_module("benchmark_measures").Machine(rate=1e9, bandwidth=1.0)
+    machine = importlib.import_module("benchmark.measures").Machine(rate=1e9, bandwidth=1.0)
     assert machine.roofline([tool.Layer(0, 10, 5, backward_passes=2)], itemsize=1) == pytest.approx(15 + 10 + 10)
 
 
@@ -92,7 +92,7 @@ def test_saved_bytes_leave_out_parameters_and_count_shared_memory_once(tool: Any
         return [linear(x), linear(x)]  # each saves x and the weight
 
     contender = tool.Contender("two products", forward, forward, linear)
-    assert importlib.import_module("benchmark_measures").saved_bytes(contender) == 2 * 4 * 4
+    assert importlib.import_module("benchmark.measures").saved_bytes(contender) == 2 * 4 * 4
 
 
 @pytest.mark.usefixtures("quick")

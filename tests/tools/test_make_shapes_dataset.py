@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 SIZE = (64, 96)
 NUM_TRAIN, NUM_VAL = 40, 6
 
@@ -46,7 +46,7 @@ INVALID = {
 @pytest.fixture(scope="module")
 def tool() -> Iterator[Any]:
     sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module("make_shapes_dataset")
+    yield importlib.import_module("shapes.make_shapes_dataset")
     sys.path.remove(str(TOOLS))
 
 
@@ -57,7 +57,7 @@ def make(tool: Any, out: Path, **settings: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def drawing(tool: Any) -> Any:
-    return importlib.import_module("shapes_drawing")
+    return importlib.import_module("shapes.drawing")
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-TOOLS: Final = Path(__file__).parents[1] / "tools"
+TOOLS: Final = Path(__file__).parents[2] / "tools"
 sys.path.append(str(TOOLS))
 
-from make_shapes_dataset import make_shapes_dataset  # noqa: E402
+from shapes.make_shapes_dataset import make_shapes_dataset  # noqa: E402
 
 IGNORED_WARNINGS: Final = [
     # pycocotools 2.0.11 wraps its own memory in an array class from before NumPy 2
@@ -69,7 +69,7 @@ def invoke(program: Any, settings: dict[str, Any], data: Path, out: Path, *argum
 
 def train(settings: dict[str, Any], data: Path, out: Path, *arguments: str) -> Result:
     """Run tools/train.py in this process."""
-    import train as program
+    from backbone.training import train as program
 
     return invoke(program, settings, data, out, "--out", str(out), *arguments)
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from training import IGNORED_WARNINGS, TOOLS, copy_of, data, recipe
+from runs import IGNORED_WARNINGS, TOOLS, copy_of, data, recipe
 
 sys.path.append(str(TOOLS))
-from coco_annotations import read_annotations
-from coco_data import CocoImages, EpochSampler, class_map, make_loader, mirrored, padded, resized
-
 from backbone.recipe import DetectorConfig
+from backbone.training.coco.annotations import read_annotations
+from backbone.training.coco.data import CocoImages, EpochSampler, class_map, make_loader, mirrored, padded, resized
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in IGNORED_WARNINGS]
 __all__ = ["data"]

@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from runs import IGNORED_WARNINGS, TOOLS, copy_of, data, invoke, recipe, train
 from torchmetrics.detection import MeanAveragePrecision
-from training import IGNORED_WARNINGS, TOOLS, copy_of, data, invoke, recipe, train
 
 sys.path.append(str(TOOLS))
-import evaluate
-from coco_annotations import Annotations, read_annotations
-from coco_data import CocoImages
-from coco_metrics import CocoMetrics
-from detection_module import DetectionModule
-from reports import save_metrics
-
 from backbone.recipe import DetectorConfig
+from backbone.training import evaluate
+from backbone.training.coco.annotations import Annotations, read_annotations
+from backbone.training.coco.data import CocoImages
+from backbone.training.coco.metrics import CocoMetrics
+from backbone.training.module import DetectionModule
+from backbone.training.reports import save_metrics
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in IGNORED_WARNINGS]
 __all__ = ["data"]

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from runs import TOOLS, recipe
 from torch import nn
-from training import TOOLS, recipe
 
 sys.path.append(str(TOOLS))
-from parameter_groups import PARTS, make_optimizer, parameter_groups, parts_of, rate_factor
-
 from backbone import freeze_stages
 from backbone.hosts.torchvision import build_detector
 from backbone.recipe import DetectorConfig, TrainConfig
+from backbone.training.parameter_groups import PARTS, make_optimizer, parameter_groups, parts_of, rate_factor
 
 
 def detector(name: str = "retinanet", **settings: Any) -> nn.Module:

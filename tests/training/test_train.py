@@ -14,17 +14,16 @@ import pytest
 import torch
 import yaml
 from conftest import relative_error
+from runs import IGNORED_WARNINGS, TOOLS, data, recipe, train
 from torch import Tensor
-from training import IGNORED_WARNINGS, TOOLS, data, recipe, train
 
 sys.path.append(str(TOOLS))
-from callbacks import save_atomically
-from detection_module import backbone_state
-from parameter_groups import backbone_of
-
 import backbone.hosts.torchvision as host
 from backbone import BackboneConfig, build_backbone
 from backbone.recipe import DetectorConfig
+from backbone.training.callbacks import save_atomically
+from backbone.training.module import backbone_state
+from backbone.training.parameter_groups import backbone_of
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in IGNORED_WARNINGS]
 __all__ = ["data"]
@@ -33,8 +32,8 @@ PROGRAM = """
 import os, signal, sys, torch
 sys.path.append({tools!r})
 torch.set_num_threads(1)
-import callbacks, train
-from detection_module import DetectionModule
+from backbone.training import callbacks, train
+from backbone.training.module import DetectionModule
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -86,7 +85,7 @@ def run_program(event: str, settings: dict[str, Any], data: Path, out: Path, *ar
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer than these trainings; ``finished``, made before this, has them."""
-    import train as program
+    from backbone.training import train as program
 
     monkeypatch.setattr(program, "save_sheet", lambda *_: None)
     monkeypatch.setattr(program, "save_curves", lambda *_: None)
@@ -148,7 +147,7 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.momentum: dict[str, Tensor] = {}
         self.groups: list[dict[str, Any]] = []
-        monkeypatch.setattr("callbacks.History.on_train_start", self._look, raising=False)
+        monkeypatch.setattr("backbone.training.callbacks.History.on_train_start", self._look, raising=False)
 
     def _look(self, trainer: Any, module: Any) -> None:
         names = {parameter: name for name, parameter in module.detector.named_parameters()}
@@ -167,7 +166,9 @@ def test_a_changed_freeze_goes_on_with_the_state_each_parameter_had(
         return made
 
     ended = {}
-    monkeypatch.setattr("callbacks.History.on_train_end", lambda _, trainer, module: ended.update(state_of(module)))
+    monkeypatch.setattr(
+        "backbone.training.callbacks.History.on_train_end", lambda _, trainer, module: ended.update(state_of(module))
+    )
     assert train(settings(before, 0.001, 1), data, tmp_path / "run").exit_code == 0
     saved, watched = dict(ended), Watched(monkeypatch)
     resumed = train(settings(after, 0.002, 2), data, tmp_path / "run", "--resume")
@@ -194,7 +195,7 @@ def test_the_rate_goes_on_where_it_was_with_another_number_of_steps(
     assert train(settings(1, 1), data, tmp_path / "run").exit_code == 0  # eight steps, then two an epoch
     rates: list[float] = []
     monkeypatch.setattr(
-        "callbacks.History.on_train_batch_start",
+        "backbone.training.callbacks.History.on_train_batch_start",
         lambda _, trainer, *__: rates.append(trainer.optimizers[0].param_groups[0]["lr"]),
         raising=False,
     )
@@ -333,7 +334,7 @@ def test_the_last_epoch_is_measured_whatever_validate_every_says(finished: Path)
 
 
 def test_a_schedule_that_freezes_random_weights_is_warned_of() -> None:
-    from train import warn_if_frozen_at_random
+    from backbone.training.train import warn_if_frozen_at_random
 
     config = DetectorConfig.model_validate(recipe("retinanet", norm="bn", train={"freeze_schedule": {0: 2}}))
     with pytest.warns(UserWarning, match="first 2 stages are frozen at random weights"):

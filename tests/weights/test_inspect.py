@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from backbone import inspect_weights
-from backbone.cli import app
-from backbone.resnet import FAMILY, ResNet
+from backbone.command.app import app
+from backbone.providers.resnet.network import FAMILY, ResNet
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,7 @@ def test_describe_command_reports_how_weights_fit(tmp_path: Path) -> None:
 LOAD: str = """
 import resource, sys
 import torch
-from backbone.resnet import FAMILY, ResNet
+from backbone.providers.resnet.network import FAMILY, ResNet
 from backbone.weights import load_weights
 torch.set_num_threads(1)
 def status(key):

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from backbone import Backbone, BackboneConfig, Preprocessing, load_weights
+from backbone.weights.formats.mmdetection import RGB_255
 from backbone.weights.metadata import BGR_255, Metadata
-from backbone.weights.mmdetection import RGB_255
 
 V1 = "stride_in_1x1: true"
 

@@ -27,9 +27,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from benchmark_contenders import PEERS, Contender, builders_of, gradient_of, onnx_of, reference_contender, tensors_of
-from benchmark_measures import Layer, count_layers, measure_machine, memory_of, paired_ratio, synchronize, time_rounds
-from benchmark_networks import (
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from benchmark.contenders import PEERS, Contender, builders_of, gradient_of, onnx_of, reference_contender, tensors_of
+from benchmark.measures import Layer, count_layers, measure_machine, memory_of, paired_ratio, synchronize, time_rounds
+from benchmark.networks import (
     TIMM,
     TIMM_FAMILIES,
     Case,
@@ -41,11 +47,6 @@ from benchmark_networks import (
     import_peer,
     in_float32,
 )
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from torchvision.ops import box_iou
 
 FLOAT32_LIMIT = 1e-5  # largest difference in units of the largest value, from torchvision in float32
 HALF_LIMIT = 5e-2  # the same in half precision, where torchvision's own error sets another
@@ -345,7 +346,3 @@ def forget() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    app()

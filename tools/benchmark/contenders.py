@@ -15,7 +15,10 @@ from typing import TypeAlias
 
 import torch
 import torch._inductor.config
-from benchmark_networks import (
+from torch import Tensor, nn
+
+from backbone import optimize_for_inference
+from benchmark.networks import (
     TIMM,
     Case,
     DeviceName,
@@ -32,9 +35,6 @@ from benchmark_networks import (
     torchvision_network,
     trainable_names,
 )
-from torch import Tensor, nn
-
-from backbone import optimize_for_inference
 
 Run: TypeAlias = Callable[[], list[Tensor]]
 

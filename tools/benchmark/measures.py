@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from benchmark_contenders import Contender
-from benchmark_networks import Case, DeviceName
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from benchmark.contenders import Contender
+from benchmark.networks import Case, DeviceName
 
 TIMED_SECONDS = 0.05  # at least this long per contender and round, so that the clock's grain does not count
 

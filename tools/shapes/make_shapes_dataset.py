@@ -24,9 +24,9 @@ import typer
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from shapes_drawing import KEYPOINTS, MIN_DIAMETER, SHAPES, Mask, ShapeObject, draw_scene
 
 from backbone.config import did_you_mean
+from shapes.drawing import KEYPOINTS, MIN_DIAMETER, SHAPES, Mask, ShapeObject, draw_scene
 
 SPLITS: Final = ("train", "val")
 DEFAULT_SHAPES: Final = ("circle", "square", "triangle", "star")
@@ -243,7 +243,3 @@ def main(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     console.print(f"{images_train} + {images_val} images with annotations in {out}", highlight=False)
-
-
-if __name__ == "__main__":
-    app()

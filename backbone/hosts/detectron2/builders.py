@@ -12,11 +12,11 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from backbone.blocks import Bottleneck
 from backbone.config import did_you_mean
 from backbone.features import Preprocessing
 from backbone.hosts.detectron2.modules import DetectronBackbone, DetectronPyramid
-from backbone.resnet import FAMILY, Variant
+from backbone.providers.resnet.blocks import Bottleneck
+from backbone.providers.resnet.network import FAMILY, Variant
 
 DROP_IN_BUILDERS: Final[dict[str, str]] = {
     "build_resnet_backbone": "build_plugin_resnet_backbone",

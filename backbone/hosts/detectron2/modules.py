@@ -13,14 +13,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from backbone.builder import construct
 from backbone.config import BackboneConfig, NormName
-from backbone.deformable import DeformableConv3x3
 from backbone.features import Backbone, Features
 from backbone.freeze import freeze_stages
 from backbone.hosts.detectron2.names import detectron2_names
 from backbone.norm import FrozenBatchNorm2d, NormLayer, norm_layer
+from backbone.providers.resnet.deformable import DeformableConv3x3
+from backbone.providers.resnet.network import FAMILY, ResNet, Variant
 from backbone.pyramid import FeaturePyramid
 from backbone.recipe import ExtraLevels, SourceOfP6
-from backbone.resnet import FAMILY, ResNet, Variant
 from backbone.stages import STAGE_NAMES
 from backbone.weights import load_weights
 from backbone.weights.metadata import BGR_255

@@ -4,9 +4,9 @@ import re
 from typing import Final
 
 from backbone.features import Backbone
+from backbone.providers.resnet.network import ResNet
 from backbone.pyramid import FeaturePyramid
-from backbone.resnet import ResNet
-from backbone.weights.detectron2 import NAMES
+from backbone.weights.formats.detectron2 import NAMES
 
 _CONVOLUTIONS: Final = {"inner": "fpn_lateral", "layer": "fpn_output"}
 _PARTS: Final = {"0": "", "1": "norm."}

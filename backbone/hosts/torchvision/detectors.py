@@ -24,9 +24,9 @@ from torchvision.ops import MultiScaleRoIAlign
 from backbone.builder import build_backbone
 from backbone.features import Backbone, Features, Preprocessing
 from backbone.norm import FrozenBatchNorm2d, norm_layer
+from backbone.providers.resnet.network import ResNet
 from backbone.pyramid import FeaturePyramid
 from backbone.recipe import DENSE_DETECTORS, SEGMENTERS, DetectorConfig, ExtraLevels
-from backbone.resnet import ResNet
 
 ASPECT_RATIOS: Final = (0.5, 1.0, 2.0)
 

@@ -5,7 +5,7 @@ from typing import ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
-from backbone.fused import conv_norm_act, residual_block
+from backbone.engine.operation import conv_norm_act, residual_block
 from backbone.norm import NormLayer
 
 Conv3x3: TypeAlias = Callable[[int, int, int, int, int], nn.Module]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbone.blocks import BasicBlock, Bottleneck, Conv3x3
 from backbone.config import BackboneConfig, NormName
+from backbone.engine.operation import blocks_in_row
+from backbone.engine.stem import stem
 from backbone.features import Backbone, Features, FeatureSpec, require_images
-from backbone.fused import blocks_in_row
 from backbone.norm import NormLayer, norm_layer
+from backbone.providers.resnet.blocks import BasicBlock, Bottleneck, Conv3x3
 from backbone.registry import register_backbone
 from backbone.stages import STAGE_NAMES, StagePlan, plan_stages
-from backbone.stem import stem
 
 
 @dataclass(frozen=True, slots=True)

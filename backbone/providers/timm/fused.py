@@ -13,9 +13,9 @@ from timm.layers.drop import DropBlock2d, DropPath
 from timm.models import regnet, resnet
 from torch import Tensor, nn
 
-from backbone.calls import is_watched
-from backbone.folded import FoldedConv2d
-from backbone.fused import blocks_in_row, conv_norm_act, residual_block
+from backbone.engine.calls import is_watched
+from backbone.engine.folded import FoldedConv2d
+from backbone.engine.operation import blocks_in_row, conv_norm_act, residual_block
 from backbone.norm import FrozenBatchNorm2d
 
 
@@ -38,7 +38,7 @@ class FusedBasicBlock(resnet.BasicBlock):
     downsample: nn.Sequential | None
 
     def forward(self, x: Tensor, *, reuse_input: bool = False) -> Tensor:
-        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), as ``backbone.blocks`` has it."""
+        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), sizes round up."""
         if not _are_relus(self.act1, self.act2) or not _rest(self.drop_block, self.aa, self.se, self.drop_path):
             return super().forward(x)
         layers = ((self.conv1, self.bn1), (self.conv2, self.bn2))
@@ -51,7 +51,7 @@ class FusedBottleneck(resnet.Bottleneck):
     downsample: nn.Sequential | None
 
     def forward(self, x: Tensor, *, reuse_input: bool = False) -> Tensor:
-        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), as ``backbone.blocks`` has it."""
+        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), sizes round up."""
         relus = _are_relus(self.act1, self.act2, self.act3)
         if not relus or not _rest(self.drop_block, self.aa, self.se, self.drop_path):
             return super().forward(x)
@@ -63,7 +63,7 @@ class FusedRegNetBottleneck(regnet.Bottleneck):
     """RegNet's bottleneck: the last convolution, its norm, the shortcut and the ReLU are one operation."""
 
     def forward(self, x: Tensor, *, reuse_input: bool = False) -> Tensor:
-        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), as ``backbone.blocks`` has it."""
+        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), sizes round up."""
         last, shortcut = self.conv3, self.downsample
         if shortcut is None or is_watched(last) or not _are_relus(self.act3) or not _rest(last.aa, self.drop_path):
             return super().forward(x)

@@ -13,8 +13,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from backbone.dataflow import Division, Trace, divide, trace
 from backbone.features import FeatureSpec
+from backbone.providers.timm.dataflow import Division, Trace, divide, trace
 
 STRIDES: Final = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
 _COARSEST: Final = 32

@@ -13,14 +13,15 @@ from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from backbone import timm_fused, timm_plan
 from backbone.config import BackboneConfig, NormName, did_you_mean
 from backbone.features import Backbone, Features, Preprocessing, require_images
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, norm_layer, register_frozen_form
+from backbone.providers.input_channels import adapt_preprocessing, stem_mapping
+from backbone.providers.timm import fused as timm_fused
+from backbone.providers.timm import plan as timm_plan
+from backbone.providers.timm.vit_pyramid import SimplePyramid
 from backbone.registry import BackboneConstructor, UnknownBackboneError
-from backbone.simple_pyramid import SimplePyramid
 from backbone.stages import STAGE_NAMES
-from backbone.weights.stem import adapt_preprocessing, stem_mapping
 
 PREFIX: Final = "timm/"
 MAX_REASON: Final = 500  # letters of what timm says; torch names every key that does not fit

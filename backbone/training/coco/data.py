@@ -11,7 +11,6 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from coco_annotations import NEEDS_KEYPOINTS, NEEDS_MASKS, Annotations
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
@@ -20,6 +19,7 @@ from torchvision.datasets import CocoDetection, VisionDataset, wrap_dataset_for_
 from torchvision.transforms import v2
 
 from backbone.recipe import SEGMENTERS, DetectorConfig
+from backbone.training.coco.annotations import NEEDS_KEYPOINTS, NEEDS_MASKS, Annotations
 
 Target: TypeAlias = dict[str, Any]
 Batch: TypeAlias = tuple[list[Tensor], list[Target]]

@@ -8,13 +8,13 @@ from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import torch
-from coco_data import as_coco
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from backbone.recipe import DetectorName
+from backbone.training.coco.data import as_coco
 
 IouType: TypeAlias = Literal["bbox", "segm", "keypoints"]
 Result: TypeAlias = dict[str, Any]

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from backbone.weights.caffe2 import carries_folded_norms, msra_metadata
+from backbone.weights.formats.caffe2 import carries_folded_norms, msra_metadata
 from backbone.weights.metadata import BGR_255, Metadata
 from backbone.weights.reading import Checkpoint
 from backbone.weights.schemes import Format, KeyScheme, State

@@ -4,10 +4,10 @@ import re
 from typing import Final
 
 from backbone.features import Preprocessing
+from backbone.weights.formats.torchvision import NAMES
 from backbone.weights.metadata import BGR_255, Metadata
 from backbone.weights.reading import Checkpoint
 from backbone.weights.schemes import Format, State
-from backbone.weights.torchvision import NAMES
 
 RGB_255: Final = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), "rgb", (0.0, 255.0))
 

@@ -4,10 +4,10 @@ import re
 from typing import Final
 
 from backbone.features import Preprocessing
+from backbone.weights.formats.torchvision import NAMES
 from backbone.weights.metadata import Metadata
 from backbone.weights.reading import Checkpoint
 from backbone.weights.schemes import Format, State
-from backbone.weights.torchvision import NAMES
 
 HEADS: Final = {r"(projection_head|prototypes|projector|predictor)\..*|fc\.[0-9]\..*": "projection head"}
 

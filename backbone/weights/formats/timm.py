@@ -3,10 +3,10 @@
 from typing import Any, Final
 
 from backbone.features import Preprocessing
+from backbone.weights.formats.torchvision import NAMES
 from backbone.weights.metadata import Metadata
 from backbone.weights.reading import Checkpoint
 from backbone.weights.schemes import Format, State
-from backbone.weights.torchvision import NAMES
 
 PREFIX: Final = "timm/"
 

@@ -1,0 +1,1 @@
+"""Copies of a model for inference, and CUDA graphs of them."""

@@ -1,0 +1,1 @@
+"""timm's models: how they are planned, built, divided into stages and fused."""

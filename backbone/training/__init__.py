@@ -1,0 +1,1 @@
+"""Training by Lightning: module, callbacks, parameter groups, run folder, reports, pictures."""

@@ -1,0 +1,1 @@
+"""Peers against ours, interleaved in one process, with the machine's roofline."""
