@@ -10,6 +10,7 @@ features = model(images)  # (N, 3, H, W) -> {"c2": (N, 256, H/4, W/4), ..., "c5"
 import backbone.providers.resnet.network as _resnet  # registers the ResNet family
 from backbone.builder import build_backbone
 from backbone.config import BackboneConfig, load_config
+from backbone.engine import EngineReport, engine_enabled, engine_report
 from backbone.features import Backbone, Features, FeatureSpec, Preprocessing
 from backbone.freeze import FreezeSchedule, StageReport, freeze_report, freeze_stages
 from backbone.inference.optimize import optimize_for_inference
@@ -20,6 +21,7 @@ from backbone.weights import LoadReport, convert_weights, inspect_weights, load_
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "EngineReport",
     "FeatureSpec",
     "Features",
     "FreezeSchedule",
@@ -30,6 +32,8 @@ __all__ = [
     "UnknownBackboneError",
     "build_backbone",
     "convert_weights",
+    "engine_enabled",
+    "engine_report",
     "freeze_norms",
     "freeze_report",
     "freeze_stages",

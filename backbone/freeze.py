@@ -3,21 +3,29 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from backbone.features import Backbone
-from backbone.norm import FrozenBatchNorm2d, freeze_norms, require_freezable, thaw_norms
+from backbone.norm import (
+    AnyBatchNorm,
+    FrozenBatchNorm2d,
+    freeze_norms,
+    frozen_norms,
+    require_freezable,
+    require_thawable,
+    thaw_norms,
+)
 from backbone.stages import STAGE_NAMES
 
 
 def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
     """Leave exactly the first ``freeze_at`` stages frozen, in place.
 
-    Stage 1 is the stem, 2 is C2, ... 5 is C5; 0 thaws everything. Frozen parameters require no grad, hold no grad,
-    and every BatchNorm2d among them becomes a FrozenBatchNorm2d holding the same Parameter objects, so ``train()``
-    cannot move it and an existing optimizer stays valid. Thawing swaps the same BatchNorm2d back, with its hooks, which
-    rest meanwhile. Frozen modules stay in evaluation mode (``is_frozen``), so that no dropout or drop-path acts there.
-    Norms that were built frozen (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes them trainable.
+    Stage 1 is the stem, 2 is C2, ... 5 is C5; 0 thaws everything. Frozen parameters require no grad and hold no grad.
+    Every batch norm among them becomes a FrozenBatchNorm2d, the same module object with the same Parameter objects. So
+    ``train()`` cannot move it, and optimizers, hooks and wrappers stay valid; thawing changes its class back. Frozen
+    modules stay in evaluation mode (``is_frozen``), so that no dropout or drop-path acts there. Norms that were built
+    frozen (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes them trainable.
 
     Args:
         backbone: Any backbone of this package; weights already loaded.
@@ -30,25 +38,28 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
             cannot be frozen.
     """
     _require_freeze_at(freeze_at)
-    for stage, paths in backbone.stage_modules.items():
-        for path in paths if STAGE_NAMES.index(stage) < freeze_at else ():
-            require_freezable(backbone.get_submodule(path), path)  # all before the first is touched
-    for stage, paths in backbone.stage_modules.items():
-        freeze = STAGE_NAMES.index(stage) < freeze_at
-        for path in paths:
-            module = backbone.get_submodule(path)
-            swapped = freeze_norms(module) if freeze else thaw_norms(module, built_frozen=False)
-            if swapped is not module:
-                backbone.set_submodule(path, swapped)
-            _set_trainable(swapped, not freeze)
+    stages = [(modules, STAGE_NAMES.index(stage) < freeze_at) for stage, modules in _modules_by_stage(backbone)]
+    for modules, freeze in stages:  # all before the first is touched
+        for path, module in modules.items():
+            if freeze:
+                require_freezable(module, path)
+            else:
+                require_thawable(frozen_norms(module, path, built_frozen=False))
+    for modules, freeze in stages:
+        for module in modules.values():
+            _ = freeze_norms(module) if freeze else thaw_norms(module, built_frozen=False)
+            _set_trainable(module, not freeze)
             if freeze or getattr(module, "is_frozen", False):
-                swapped.train(backbone.training and not freeze)
-            swapped.is_frozen = freeze  # type: ignore[assignment]
-            for norm in swapped.modules():
-                if isinstance(norm, FrozenBatchNorm2d):
-                    norm.generation += 1  # what trained may have changed unseen
-        for path in backbone.stage_parameters.get(stage, ()):
-            _set_parameter_trainable(backbone.get_parameter(path), not freeze)
+                module.train(backbone.training and not freeze)
+            module.is_frozen = freeze  # type: ignore[assignment]
+    for stage, paths in backbone.stage_parameters.items():
+        for path in paths:
+            _set_parameter_trainable(backbone.get_parameter(path), STAGE_NAMES.index(stage) >= freeze_at)
+
+
+def _modules_by_stage(backbone: Backbone) -> list[tuple[str, dict[str, nn.Module]]]:
+    stages = backbone.stage_modules.items()
+    return [(stage, {path: backbone.get_submodule(path) for path in paths}) for stage, paths in stages]
 
 
 def _require_freeze_at(freeze_at: int) -> None:
@@ -132,28 +143,38 @@ class StageReport:
     frozen: bool
 
 
-_NORM_KINDS: dict[type[nn.Module], str] = {
-    FrozenBatchNorm2d: "frozen_bn",
-    nn.SyncBatchNorm: "sync_bn",
-    nn.BatchNorm2d: "bn",
-    nn.GroupNorm: "gn",
-    nn.LayerNorm: "ln",
-}
-
-
 def freeze_report(backbone: Backbone) -> dict[str, StageReport]:
-    """Return what is trainable and what is frozen in each stage, stem first, read from the modules as they are."""
+    """Return what is trainable and what is frozen in each stage, stem first, read from the modules as they are.
+
+    Whoever froze them: norms of other libraries that have no way to move count as frozen, and so do batch norms in
+    evaluation mode.
+    """
     return {stage: _report(modules) for stage, modules in backbone.stages.items()}
 
 
 def _report(modules: nn.ModuleList) -> StageReport:
     parameters = list(modules.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    kinds = {kind for m in modules.modules() for norm, kind in _NORM_KINDS.items() if isinstance(m, norm)}
-    moving = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in modules.modules())
+    kinds = {kind for module in modules.modules() if (kind := norm_kind(module)) is not None}
     return StageReport(
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable_parameters=trainable,
         norm="+".join(sorted(kinds)) or "none",
-        frozen=trainable == 0 and not moving,
+        frozen=trainable == 0 and not any(map(_moves, modules.modules())),
     )
+
+
+def norm_kind(module: nn.Module) -> str | None:
+    """Return ``frozen_bn``, ``bn``, ``sync_bn``, ``gn`` or ``ln`` for a norm layer of any library; None for others."""
+    kinds = {nn.SyncBatchNorm: "sync_bn", AnyBatchNorm: "bn", nn.GroupNorm: "gn", nn.LayerNorm: "ln"}
+    for norm, kind in kinds.items():
+        if isinstance(module, norm):
+            return kind
+    statistics = ("running_mean", "running_var")  # kept, and by none of torch's classes: nothing moves them
+    return "frozen_bn" if all(isinstance(getattr(module, name, None), Tensor) for name in statistics) else None
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether a forward pass would update running statistics of ``module``."""
+    tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    return tracks and module.training

@@ -1,7 +1,7 @@
-"""Norm layers: FrozenBatchNorm2d, and the swaps between it and BatchNorm2d."""
+"""Norm layers: FrozenBatchNorm2d, and how a batch norm turns into one and back, in place."""
 
-from collections.abc import Callable
-from typing import Any, Self, TypeGuard
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Self, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -9,26 +9,32 @@ from torch import Tensor, nn
 from backbone.config import GN_GROUPS, NormName
 
 NormLayer = Callable[[int], nn.Module]
-TrainableBatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+AnyBatchNorm: TypeAlias = nn.modules.batchnorm._BatchNorm
+"""The class of all of torch's batch norms; FrozenBatchNorm2d is none of them, so that no converter takes it for one."""
+
+_THAWED: Final = "thawed"
 
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm whose statistics and affine parameters are constants: one scale and one shift per channel.
 
     It has the parameters, buffers and state-dict keys of nn.BatchNorm2d, so a state dict fits both ways, strictly.
-    Fresh, it is an exact identity. No gradient ever reaches ``weight`` and ``bias``, whatever their
-    ``requires_grad``; they are parameters so that an optimizer, an EMA or a thaw finds the same objects.
+    Fresh, it is an exact identity. No gradient ever reaches ``weight`` and ``bias``, whatever their ``requires_grad``.
+    They are parameters so that an optimizer, an EMA or a thaw finds the same objects.
+
+    ``freeze_norms`` turns a batch norm into one in place: the same module, its class changed. Converters of batch norms
+    (``convert_sync_batchnorm``) cannot thaw it; but they change what it thaws to, which they find as its child
+    ``thawed`` while they walk through ``named_children()``.
 
     Args:
         num_features: Number of channels.
         eps: Added to the variance, as in nn.BatchNorm2d.
 
     Attributes:
-        frozen_from: The layer this one stands for until it is thawed, in a tuple so that it is no child of this one;
-            None if there is none.
+        thawed_class: The class that ``thaw_norms`` gives it.
         built_frozen: Whether it is frozen by ``norm="frozen_bn"`` and stays so when its stage thaws.
-        generation: Grows where values may have changed unseen (``to()``, ``train()``, ``freeze_stages``); guards what
-            is computed from them and kept.
+        derived: Results that others compute from the constants and keep here, by name. It is emptied where values may
+            have changed: by ``train()`` and ``eval()``, ``to()``, loading, freezing and thawing.
     """
 
     weight: nn.Parameter
@@ -41,9 +47,10 @@ class FrozenBatchNorm2d(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
-        self.frozen_from: tuple[TrainableBatchNorm] | None = None
+        self.momentum, self.affine, self.track_running_stats = 0.1, True, True  # nn.BatchNorm2d's, for after a thaw
+        self.thawed_class: type[nn.Module] = nn.BatchNorm2d
         self.built_frozen = True
-        self.generation = 0
+        self.derived: dict[str, object] = {}
         self.weight = nn.Parameter(torch.ones(num_features), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(num_features), requires_grad=False)
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -53,8 +60,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what scale and shift are computed from, besides ``eps``."""
-        buffers = self._buffers
-        return self.weight, self.bias, buffers["running_mean"], buffers["running_var"]  # type: ignore[return-value]
+        return self.weight, self.bias, self.running_mean, self.running_var
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return the constants (C,), (C,) with ``output = input * scale + shift``, in float32 or better."""
@@ -67,43 +73,90 @@ class FrozenBatchNorm2d(nn.Module):
         return nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, C, H, W), or tokens (N, C) or (N, C, L) -> the same shape and dtype, also under autocast."""
+        """Features (N, C, ...), of any number of dimensions -> the same shape and dtype, also under autocast."""
         ones = (1,) * (x.ndim - 2)
         scale, shift = (constant.to(x.dtype).view(-1, *ones) for constant in self.scale_and_shift())
         return torch.addcmul(shift, x, scale)
 
-    def train(self, mode: bool = True) -> Self:
-        """Do as every module does; being frozen, only remember that what was computed from it may be out of date."""
-        self.generation += mode != self.training
-        return super().train(mode)
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the children and, as ``thawed``, the layer this one would thaw to, with the same parameters.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.generation += 1
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        ``modules()``, ``children()`` and the state dict leave ``thawed`` out.
+        """
+        yield from super().named_children()
+        yield _THAWED, self._as_thawed()
+
+    def children(self) -> Iterator[nn.Module]:
+        """Yield the children: what ``apply``, ``to`` and ``train`` reach."""
+        yield from (child for _, child in super().named_children())
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child; one called ``thawed`` says what this layer thaws to, such as a SyncBatchNorm."""
+        if name != _THAWED:
+            super().add_module(name, module)
+        elif isinstance(module, AnyBatchNorm):
+            self.thawed_class = type(module)
+            known = {"training", *_INTERNAL}
+            self.__dict__.update({key: value for key, value in vars(module).items() if key not in known})
+
+    def train(self, mode: bool = True) -> Self:
+        """Do as every module does; being frozen, only forget what was computed from values that may have changed."""
+        if mode != self.training:
+            self.derived.clear()
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Show what print(model) needs to tell one norm from another."""
         return f"{self.num_features}, eps={self.eps}"
 
+    def _as_thawed(self) -> nn.Module:
+        norm = self.thawed_class.__new__(self.thawed_class)
+        norm.__dict__.update({key: value for key, value in vars(self).items() if key not in _OWN})
+        for name in ("_parameters", "_buffers", "_modules"):
+            norm.__dict__[name] = dict(vars(self)[name])
+        return norm
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.derived.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        self.derived.clear()
         # Libraries whose own frozen norm does not count batches (torchvision, detectron2) leave the counter out.
         key = f"{prefix}num_batches_tracked"
         if key not in state_dict:
             state_dict = {**state_dict, key: self.num_batches_tracked}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _replicate_for_data_parallel(self) -> Self:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.derived = {}
+        return replica  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "derived": {}}  # a copy or a pickle starts afresh
+
+
+_OWN: Final = ("thawed_class", "built_frozen", "derived")
+_INTERNAL: Final = frozenset(vars(nn.Module()))
 
 _frozen_forms: dict[type[nn.Module], type[FrozenBatchNorm2d]] = {
+    nn.BatchNorm1d: FrozenBatchNorm2d,
     nn.BatchNorm2d: FrozenBatchNorm2d,
     nn.SyncBatchNorm: FrozenBatchNorm2d,
 }
+_REVERTED: Final = (
+    "lightning.pytorch.plugins.layer_sync._BatchNormXd",
+    "pytorch_lightning.plugins.layer_sync._BatchNormXd",
+)
+"""What Lightning makes of a SyncBatchNorm at the end of a run: a batch norm of any number of dimensions."""
 
 
 def register_frozen_form(norm: type[nn.Module], form: type[FrozenBatchNorm2d]) -> None:
-    """Let ``freeze_norms`` swap layers of class ``norm``, a batch norm that computes something more, for a ``form``.
+    """Let ``freeze_norms`` turn layers of class ``norm``, a batch norm that computes something more, into a ``form``.
 
-    The form is constructed as FrozenBatchNorm2d is and then given the children of the layer it stands for, such as an
-    activation. Its ``forward`` must equal the layer's in evaluation mode: scale and shift, then its ``remainder()``.
+    The layer keeps its children, such as an activation. The form's ``forward`` must equal the layer's in evaluation
+    mode: scale and shift, then its ``remainder()``.
 
     Raises:
         TypeError: If the form computes something more than FrozenBatchNorm2d and no ``remainder`` tells what.
@@ -113,14 +166,21 @@ def register_frozen_form(norm: type[nn.Module], form: type[FrozenBatchNorm2d]) -
     _frozen_forms[norm] = form
 
 
-def has_frozen_form(norm: nn.Module) -> bool:
-    """Whether ``freeze_norms`` can swap layers of this class."""
-    return type(norm) in _frozen_forms
+def frozen_form(norm: nn.Module) -> type[FrozenBatchNorm2d] | None:
+    """Return the class that ``freeze_norms`` gives ``norm``; None where it is no batch norm that is known.
+
+    Classes are known exactly: BatchNorm1d, BatchNorm2d, SyncBatchNorm and those of ``register_frozen_form``. Their
+    subclasses may compute more.
+    """
+    cls = type(norm)
+    if f"{cls.__module__}.{cls.__qualname__}" in _REVERTED:
+        return FrozenBatchNorm2d
+    return _frozen_forms.get(cls)
 
 
 def is_frozen_form(norm: nn.Module) -> TypeGuard[FrozenBatchNorm2d]:
-    """Whether ``norm`` is a FrozenBatchNorm2d, or another form whose ``remainder()`` tells what it does besides."""
-    return type(norm) in _frozen_forms.values()
+    """Whether ``norm`` is exactly a FrozenBatchNorm2d, or another form whose ``remainder()`` tells what it does."""
+    return type(norm) is FrozenBatchNorm2d or type(norm) in _frozen_forms.values()
 
 
 def norm_layer(name: NormName | NormLayer) -> NormLayer:
@@ -140,9 +200,9 @@ def norm_layer(name: NormName | NormLayer) -> NormLayer:
 
 
 def freeze_norms(module: nn.Module, *, built_frozen: bool = False) -> nn.Module:
-    """Swap every BatchNorm2d and SyncBatchNorm in ``module`` for a FrozenBatchNorm2d, in place.
+    """Turn every batch norm in ``module`` into a FrozenBatchNorm2d, in place.
 
-    Parameters and buffers stay the same objects and now require no grad.
+    Modules, parameters and buffers stay the same objects; the parameters now require no grad.
 
     Args:
         module: Any module.
@@ -150,94 +210,86 @@ def freeze_norms(module: nn.Module, *, built_frozen: bool = False) -> nn.Module:
             them frozen.
 
     Returns:
-        ``module``, or its replacement where it is a batch norm itself.
+        ``module``.
 
     Raises:
-        ValueError: If a batch norm cannot be frozen by a swap: it has no running statistics, no affine parameters,
-            or is a subclass that computes something more. Nothing is swapped then.
+        ValueError: If a batch norm cannot be frozen: it has no running statistics, no affine parameters, or is of a
+            class that computes something more. Nothing is touched then.
     """
     require_freezable(module)
-
-    def frozen(child: nn.Module) -> nn.Module | None:
-        if type(child) not in _frozen_forms:
-            return None
-        new = _frozen(child)  # type: ignore[arg-type]
-        new.built_frozen = built_frozen
-        return new
-
-    return _swap(module, frozen)
+    for child in module.modules():
+        form = frozen_form(child)
+        if form is not None:
+            child.thawed_class = type(child)  # type: ignore[assignment]
+            child.__class__ = form
+            child.built_frozen = built_frozen  # type: ignore[assignment]
+            _set_trainable(child, False)
+        if isinstance(child, FrozenBatchNorm2d):
+            child.derived = {}
+    return module
 
 
 def require_freezable(module: nn.Module, path: str = "") -> None:
-    """Raise ValueError if a batch norm in ``module``, found at ``path``, cannot be frozen by a swap."""
+    """Raise ValueError if a batch norm in ``module``, found at ``path``, cannot be frozen."""
     for name, child in module.named_modules(prefix=path):
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not (
-            type(child) in _frozen_forms and child.bias is not None and child.track_running_stats
+        if isinstance(child, AnyBatchNorm) and not (
+            frozen_form(child) and child.bias is not None and child.track_running_stats
         ):
             raise ValueError(
-                f"only a BatchNorm2d or SyncBatchNorm with running statistics and affine parameters can be frozen, "
-                f"got {child!r} at {name or 'the top'!r}; replace it by one of these"
+                f"only a BatchNorm1d, BatchNorm2d or SyncBatchNorm with running statistics and affine parameters "
+                f"can be frozen, got {child!r} at {name or 'the top'!r}; replace it, or remove its parametrization"
             )
 
 
 def thaw_norms(module: nn.Module, *, built_frozen: bool = True) -> nn.Module:
-    """Swap FrozenBatchNorm2d in ``module`` back for the trainable batch norm it was, in place.
+    """Turn each FrozenBatchNorm2d in ``module`` back into the trainable batch norm it was, in place.
 
-    Parameters and buffers stay the same objects, and the parameters require grad again.
+    Modules, parameters and buffers stay the same objects, and the parameters require grad again. What was changed
+    meanwhile (momentum, buffers, what a converter made of ``thawed``) is there.
 
     Args:
         module: Any module.
         built_frozen: Whether layers that were frozen from the start thaw too, into BatchNorm2d.
 
     Returns:
-        ``module``, or its replacement where it is a frozen norm itself.
+        ``module``.
+
+    Raises:
+        ValueError: If one of them is of a subclass that is not known to be a batch norm's frozen form. Nothing is
+            touched then.
     """
-
-    def thawed(child: nn.Module) -> nn.Module | None:
-        if isinstance(child, FrozenBatchNorm2d) and (built_frozen or not child.built_frozen):
-            return _thawed(child)
-        return None
-
-    return _swap(module, thawed)
-
-
-def _frozen(norm: TrainableBatchNorm) -> FrozenBatchNorm2d:
-    frozen = _frozen_forms[type(norm)](norm.num_features, norm.eps)
-    frozen.frozen_from = (norm,)
-    for name, child in norm.named_children():
-        frozen.add_module(name, child)
-    _share_state(norm, frozen, requires_grad=False)
-    return frozen
+    frozen = frozen_norms(module, built_frozen=built_frozen)
+    require_thawable(frozen)
+    for norm in frozen.values():
+        norm.__class__ = norm.thawed_class  # type: ignore[assignment]
+        for name in _OWN:
+            del norm.__dict__[name]
+        _set_trainable(norm, True)
+    for child in module.modules():
+        if isinstance(child, FrozenBatchNorm2d):
+            child.derived = {}
+    return module
 
 
-def _thawed(frozen: FrozenBatchNorm2d) -> TrainableBatchNorm:
-    norm = frozen.frozen_from[0] if frozen.frozen_from else nn.BatchNorm2d(frozen.num_features)
-    norm.eps = frozen.eps
-    _share_state(frozen, norm, requires_grad=True)
-    return norm
+def frozen_norms(module: nn.Module, path: str = "", *, built_frozen: bool = True) -> dict[str, FrozenBatchNorm2d]:
+    """Return the frozen norms in ``module``, found at ``path``, by their own paths; ``built_frozen`` as in a thaw."""
+    return {
+        name: child
+        for name, child in module.named_modules(prefix=path)
+        if isinstance(child, FrozenBatchNorm2d) and (built_frozen or not child.built_frozen)
+    }
 
 
-def _share_state(source: nn.Module, target: nn.Module, *, requires_grad: bool) -> None:
-    """Give ``target`` the very parameters and buffers of ``source``."""
-    for name, parameter in source.named_parameters(recurse=False):
-        target.register_parameter(name, parameter)
-        parameter.requires_grad_(requires_grad)
-    for name, buffer in source.named_buffers(recurse=False):
-        setattr(target, name, buffer)
-    target.train(source.training)
+def require_thawable(norms: dict[str, FrozenBatchNorm2d]) -> None:
+    """Raise ValueError if one of ``norms``, by their paths, cannot turn into what it was."""
+    for path, norm in norms.items():
+        if not is_frozen_form(norm):
+            raise ValueError(
+                f"only a FrozenBatchNorm2d known to stand for a batch norm can be thawed, got {norm!r} of class "
+                f"{type(norm).__name__} at {path or 'the top'!r}; remove its parametrization or replace it"
+            )
 
 
-def _swap(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """Replace ``module`` and its descendants where ``replacement`` gives one; a shared module stays shared."""
-    replaced: dict[nn.Module, nn.Module] = {}
-
-    def visit(current: nn.Module) -> nn.Module:
-        if current not in replaced:
-            replaced[current] = new = replacement(current) or current
-            if new is current:
-                for name, child in current._modules.items():  # named_children() would skip a shared one
-                    if child is not None:
-                        current._modules[name] = visit(child)
-        return replaced[current]
-
-    return visit(module)
+def _set_trainable(norm: nn.Module, trainable: bool) -> None:
+    for parameter in norm.parameters(recurse=False):
+        parameter.requires_grad_(trainable)

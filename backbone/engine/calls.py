@@ -1,9 +1,26 @@
-"""What kind of call is going on: all that decides whether a fused operation may stand in for modules."""
+"""What kind of call is going on: whether the engine may stand in for modules, or somebody would notice."""
+
+from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
+
+from backbone.engine import switch, torch_internals
+
+_OWNED: Final = tuple(
+    (owner, name, getattr(owner, name))
+    for owner, names in {
+        nn.Conv2d: ("__call__", "forward", "_conv_forward"),
+        nn.ReLU: ("__call__", "forward"),
+        nn.MaxPool2d: ("__call__", "forward"),
+        nn.Sequential: ("__call__", "forward"),
+        F: ("conv2d", "relu", "max_pool2d"),
+    }.items()
+    for name in names
+)
+"""What torch's own modules do. A tool that counts or explains may put something else in its place."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -21,55 +38,60 @@ def is_autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
-def is_seen_through(x: Tensor) -> bool:
-    """Whether the call is traced, transformed or counted, or ``x`` is of a kind that no kernel takes."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a dense tensor of torch itself: not quantised, sparse, fake, distributed or a proxy."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether modules must be called, as if there were no engine. The first question at every block.
+
+    So it is where the call is traced, compiled, transformed, counted or explained, where ``x`` is no plain tensor of a
+    CPU or CUDA device, and where the engine is off.
+    """
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, nn.Parameter)
+        or not switch.is_on()
+        or not torch_internals.LOOKS_AT_CALLS
+        or not is_plain(x)
         or x.device.type not in ("cpu", "cuda")
         or x.numel() == 0
-        or bool(torch._C._get_tracing_state())
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_transformed()
+        or torch_internals.has_global_hook()
+        or any(getattr(owner, name) is not own for owner, name, own in _OWNED)
     )
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a hook would see this module's inputs or outputs."""
-    return has_hook(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+def is_transformed() -> bool:
+    """Whether operations are traced, batched, differentiated forward or seen by a mode."""
+    return (
+        bool(torch_internals.tracing_state())
+        or torch_internals.num_dispatch_modes() > 0
+        or torch_internals.is_transformed()
+        or torch_internals.is_forward_ad()
+        or (torch_internals.num_function_modes() > 0 and not _modes_only_place())
+    )
 
 
-def is_watched_within(module: nn.Module) -> bool:
-    """Whether a hook would see the inputs or outputs of this module or of one in it; no module is inside itself."""
-    return _has_hook_within(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+def _modes_only_place() -> bool:
+    """Whether all function modes are ``torch.device`` or the default device, which look at factories alone."""
+    return all(type(mode) is DeviceContext for mode in torch_internals.function_modes())
 
 
 def has_hook(module: nn.Module) -> bool:
     """Whether a hook of its own would see this module's inputs or outputs, or its ``forward`` was replaced on it."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
+    return any(torch_internals.hooks_of(module)) or "forward" in module.__dict__
 
 
-def runs_in_order(layers: nn.Module) -> bool:
-    """Whether calling ``layers`` is known to be calling them one after the other, and nothing else."""
-    if "forward" in layers.__dict__:
-        return False
-    owner = next(each for each in type(layers).__mro__ if "forward" in vars(each))
-    return owner is nn.Sequential or (issubclass(owner, nn.Sequential) and "conv_norm_pairs" in vars(owner))
+def has_hook_within(module: nn.Module) -> bool:
+    """Whether ``module`` or a module in it has a hook.
 
-
-def _has_hook_within(module: nn.Module) -> bool:
-    """A walk of its own: ``modules()`` takes longer, which is felt at every block of every pass."""
+    A walk of its own: ``modules()`` takes longer, which is felt at every block of every pass.
+    """
     if has_hook(module):
         return True
     for child in module._modules.values():  # noqa: SIM110 (a generator per module is what is saved here)
-        if child is not None and _has_hook_within(child):
+        if child is not None and has_hook_within(child):
             return True
     return False

@@ -1,27 +1,41 @@
 """The layers of an inference copy: their weights in the layout of their kernel, prepared once a shape comes again."""
 
 from collections.abc import Callable
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.engine.calls import is_autocast, is_seen_through, needs_grad
-from backbone.engine.kernels import Geometry, conv_bias_act, has_onednn, layout_depends_on, pack
+from backbone.engine.calls import is_autocast, is_plain, is_traced, needs_grad
+from backbone.engine.kernels import Geometry, conv_bias_act, has_onednn, layout_depends_on, pack, unpack
 from backbone.engine.products import HAS_LINEAR, linear
 from backbone.engine.winograd import WinogradConv, suits
 
 _PATIENCE: Final = 8  # calls of smaller shapes in a row
-_UNPREPARED: Final = {
-    "_prepared_from": None,
-    "_prepared_shape": None,
-    "_prepared_values": None,
-    "_prepared_size": 0,
-    "_passed_over": 0,
-    "_packed": None,
-    "_winograd": None,
-}
+
+
+class Prepared(NamedTuple):
+    """What is kept of a weight for inputs of one shape.
+
+    Attributes:
+        weight: The plain weight it was made from; None where the layer keeps none.
+        bias: The bias; both are held, so that no other tensor can take their place in memory.
+        shape: What the layout depends on.
+        values: Where weight and bias lie and how often they were written.
+        size: Numbers in the input.
+        packed: The weight in its kernel's layout, once the shape has come again.
+        winograd: The convolution by fewer products, once it has come a third time, where that pays.
+    """
+
+    weight: Tensor | None
+    bias: Tensor
+    shape: object
+    values: tuple[object, ...]
+    size: int
+    packed: Tensor | None = None
+    winograd: WinogradConv | None = None
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -33,101 +47,167 @@ class FoldedConv2d(nn.Conv2d):
         conv: The convolution to replace.
         weight: Its weight times the norm's scale.
         bias: The norm's shift.
+        keep_weight: Whether the plain weight stays beside the packed one. Without it ``weight`` and the state dict are
+            unpacked when somebody asks, and other shapes of input are repacked for.
     """
 
-    _prepared_from: tuple[Tensor, Tensor] | None
-    _prepared_shape: object
-    _prepared_values: object
-    _prepared_size: int
-    _passed_over: int
-    _packed: Tensor | None
-    _winograd: WinogradConv | None
+    _prepared: Prepared | None = None
+    _passed_over: int = 0
 
-    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, *, keep_weight: bool = True) -> None:
         super().__init__(conv.in_channels, conv.out_channels, 1, groups=conv.groups, device="meta")
         self.kernel_size, self.padding_mode = conv.kernel_size, conv.padding_mode
         self.geometry = Geometry.of(conv)
         self.stride, self.padding, self.dilation, _ = self.geometry
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self._forget()
+        self.keep_weight = keep_weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
+        if is_traced(x) or not self.takes(x):
+            weight = self.weight
+            if isinstance(x, Tensor) and x.dtype != weight.dtype and not is_autocast(x):  # a proxy has no dtype
+                x = x.to(weight.dtype)
+            return F.conv2d(x, weight, self.bias, *self.geometry)
         return self.fused(x)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether ``fused`` computes what modules would, for an ``x`` that is not traced."""
+        weight: Tensor | None = self._parameters.get("weight")  # 106 look-ups a pass: the short way
+        bias: Tensor | None = self._parameters.get("bias")
+        if weight is None or bias is None:  # in DataParallel's replicas, after pruning, or where none is kept
+            bias = self.bias
+            assert bias is not None
+            weight = bias if self._is_packed_only() else self.weight
+        if weight.requires_grad or bias.requires_grad:
+            self._restore()  # an optimizer's fused step moves no version counter
+        if is_autocast(x) and torch.get_autocast_dtype(x.device.type) != weight.dtype:
+            return False
+        return x.ndim == 4 and is_plain(weight) and is_plain(bias) and not needs_grad(x, weight, bias)  # noqa: PLR2004
 
     def fused(
         self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, reuse_residual: bool = False
     ) -> Tensor:
-        """Return ``relu(conv(x) + bias + residual)`` in the dtype of the weight; arguments as ``conv_norm_act``."""
-        weight: Tensor | None = self._parameters.get("weight")  # 106 look-ups a pass: the short way
+        """Return ``relu(conv(x) + bias + residual)`` in the dtype of the weight, for what ``takes`` accepts."""
+        weight: Tensor | None = self._parameters.get("weight")
         bias: Tensor | None = self._parameters.get("bias")
-        if weight is None or bias is None:  # the long one in DataParallel's replicas, or after pruning
-            weight, bias = self.weight, self.bias
+        if weight is None or bias is None:
+            weight, bias = (None if self._is_packed_only() else self.weight), self.bias
             assert bias is not None
-        if (weight.requires_grad or bias.requires_grad) and not torch.compiler.is_compiling():
-            self._forget()  # an optimizer's fused step moves no version counter
-        autocasts = is_autocast(x) and torch.get_autocast_dtype(x.device.type) != weight.dtype
-        if not autocasts and x.dtype != weight.dtype:
-            x = x.to(weight.dtype)
-        if autocasts or x.ndim != 4 or is_seen_through(x) or needs_grad(x, weight, bias, residual):  # noqa: PLR2004
-            out = F.conv2d(x, weight, bias, *self.geometry)
-            out = out if residual is None else out + residual
-            return F.relu(out) if relu else out
-        # read once: another thread may prepare for another shape meanwhile
-        packed, winograd = (self._packed, self._winograd) if self._prepare_for(x, weight, bias) else (None, None)
-        if winograd is not None and residual is None:
-            return winograd(x, relu=relu)
-        best = weight if packed is None else packed
+        if x.dtype != bias.dtype:
+            x = x.to(bias.dtype)
+        prepared = self._prepared_for(x, weight, bias)
+        if prepared is not None and prepared.winograd is not None and residual is None:
+            return prepared.winograd(x, relu=relu)
+        packed = None if prepared is None else prepared.packed
+        best = self.weight if packed is None and weight is None else weight if packed is None else packed
+        assert best is not None
         return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
-    def _prepare_for(self, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-        """Pack the weight once a shape comes twice, consider Winograd when it comes again; return whether it came.
+    def prepared_bytes(self) -> int:
+        """Return the bytes kept beside the parameters."""
+        prepared = self._prepared
+        if prepared is None:
+            return 0
+        tensors = (prepared.packed, None if prepared.winograd is None else prepared.winograd.weight)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    def _prepared_for(self, x: Tensor, weight: Tensor | None, bias: Tensor) -> Prepared | None:
+        """Pack the weight once a shape comes twice, consider Winograd when it comes again; None where nothing is ready.
 
         Both pay only where shapes repeat; a detector whose images all differ runs on the plain weight. A smaller shape
         takes over only after some calls in a row: a head that all levels of a pyramid share is prepared for the finest.
         """
-        if weight.requires_grad or bias.requires_grad or weight.is_inference() or bias.is_inference():
-            return False  # these may change unseen
-        shape = layout_depends_on(x)
-        values = (torch.backends.mkldnn.enabled, *[(of.data_ptr(), of._version) for of in (weight, bias)])
-        source = self._prepared_from
-        are_others = source is None or source[0] is not weight or source[1] is not bias
-        is_new = are_others or self._prepared_shape != shape or self._prepared_values != values
-        if (is_new or self._packed is None) and x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # the graph's replays would pack, but calls outside of it use what is packed
-        if is_new:
+        sources = [bias] if weight is None else [weight, bias]
+        if any(source.requires_grad or source.is_inference() for source in sources):
+            return None  # these may change unseen
+        kept, shape = self._prepared, layout_depends_on(x)
+        values = (torch.backends.mkldnn.enabled, *[(source.data_ptr(), source._version) for source in sources])
+        if kept is not None and (kept.weight is not weight or kept.bias is not bias or kept.values != values):
+            kept = None  # made from others
+        if (kept is None or kept.shape != shape or kept.packed is None) and _is_captured(x):
+            return kept if weight is None else None  # a graph would pack at every replay, and calls outside of it read
+        if kept is None or kept.shape != shape:
             self._passed_over += 1
-            is_smaller = x.numel() < self._prepared_size and self._prepared_values == values and not are_others
-            if is_smaller and self._passed_over <= _PATIENCE:
-                return False
-            self._forget()
-            self._prepared_shape, self._prepared_values, self._prepared_size = shape, values, x.numel()
-            self._prepared_from = weight, bias  # held, so that no other tensor can take their place in memory
-            if x.device.type == "cpu":
-                return False
+            if kept is not None and x.numel() < kept.size and self._passed_over <= _PATIENCE:
+                return kept if weight is None else None
+            packed = None if kept is None or weight is not None else pack(unpack(kept.packed), self.geometry, x)
+            kept = self._prepared = Prepared(weight, bias, shape, values, x.numel(), packed)
+            if x.device.type == "cpu" and self.keep_weight:
+                return None
         if self._passed_over:  # setting a module's attribute is slow
             self._passed_over = 0
-        if self._packed is None:
+        return self._further_prepared(kept, x)
+
+    def _further_prepared(self, kept: Prepared, x: Tensor) -> Prepared:
+        """Take the next step of preparing, if there is one, and keep what comes of it."""
+        weight = kept.weight
+        if weight is None or kept.winograd is not None:
+            return kept
+        if kept.packed is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._packed = pack(weight, self.geometry, x)
-        elif self._winograd is None and suits(x, weight, self.geometry):
-            self._winograd = WinogradConv(weight, bias, x)
-        return True
+                packed = pack(weight, self.geometry, x)
+            is_enough = not self.keep_weight and packed.shape == weight.shape
+            values = (kept.values[0], kept.values[-1]) if is_enough else kept.values
+            kept = kept._replace(packed=packed, weight=None if is_enough else weight, values=values)
+        elif self.keep_weight and suits(x, weight, self.geometry):
+            kept = kept._replace(winograd=WinogradConv(weight, kept.bias, x))
+        else:
+            return kept
+        self._prepared = kept  # before the weight goes: another thread may look
+        _holders.add(self)
+        if kept.weight is None:
+            self._parameters.pop("weight", None)
+        return kept
+
+    def _is_packed_only(self) -> bool:
+        return self._prepared is not None and self._prepared.weight is None and "weight" not in self._parameters
+
+    def _restore(self) -> None:
+        """Have the plain weight again, and nothing prepared."""
+        if self._is_packed_only():
+            self._parameters["weight"] = nn.Parameter(self.weight.detach(), requires_grad=False)
+        self._prepared = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._forget()
+        self._restore()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        self._forget()
+        self._restore()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _forget(self) -> None:
-        self.__dict__.update(_UNPREPARED)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._is_packed_only():
+            destination[f"{prefix}weight"] = self.weight.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name == "weight" and self._is_packed_only():
+            prepared: Any = self._prepared
+            return nn.Parameter(unpack(prepared.packed), requires_grad=False)
+        return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **_UNPREPARED}  # what is prepared can be neither copied nor pickled
+        """Leave out what is prepared, which can be neither copied nor pickled."""
+        state = {**self.__dict__, "_prepared": None, "_passed_over": 0}
+        if self._is_packed_only():
+            state["_parameters"] = {"weight": self.weight, **self._parameters}
+        return state
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_holders: WeakSet[FoldedConv2d] = WeakSet()
+"""The convolutions that have ever prepared something: for ``prepared_bytes`` alone."""
+
+
+def prepared_bytes() -> int:
+    """Return the bytes that inference copies keep beside their parameters, in the whole process."""
+    return sum(conv.prepared_bytes() for conv in list(_holders))
 
 
 class QuickLinear(nn.Linear):
@@ -139,8 +219,9 @@ class QuickLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         weight, bias = self.weight, self.bias
-        plain = not HAS_LINEAR or x.dtype != torch.float32 or weight.dtype != torch.float32 or not has_onednn(x)
-        plain = plain or x.layout is not torch.strided or x.is_nested
-        if plain or is_autocast(x) or is_seen_through(x) or needs_grad(x, weight, bias):
+        if is_traced(x) or not HAS_LINEAR or not is_plain(weight) or (bias is not None and not is_plain(bias)):
+            return F.linear(x, weight, bias)
+        is_float = x.dtype == weight.dtype == torch.float32 and has_onednn(x)
+        if not is_float or is_autocast(x) or needs_grad(x, weight, bias):
             return F.linear(x, weight, bias)
         return linear(x, weight, bias)

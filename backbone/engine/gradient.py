@@ -6,17 +6,20 @@ times the scale.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.engine.cached import unless_changed
+from backbone.engine.calls import is_transformed
 from backbone.engine.kernels import Geometry, conv_bias_act
 from backbone.engine.products import conv_backward, convolve
+from backbone.engine.torch_internals import convolution_backward, threshold_backward
 from backbone.norm import FrozenBatchNorm2d
 
+CONSTANTS: Final = "scales and shifts"
 FrozenLayer: TypeAlias = tuple[nn.Conv2d, FrozenBatchNorm2d]
 """A convolution and its frozen norm."""
 
@@ -46,7 +49,7 @@ def with_gradient(
         pairs = [norm.scale_and_shift() for norm in norms]
         return (*(scale for scale, _ in pairs), *(shift.to(x.dtype) for _, shift in pairs))
 
-    constants = unless_changed(norms, (), ("scales and shifts", x.dtype, len(norms)), compute)
+    constants = unless_changed(norms, (), CONSTANTS, (x.dtype, len(norms)), compute)
     plan = _Plan(
         geometries=tuple(Geometry.of(conv) for conv, _ in layers),
         projection=Geometry.of(shortcut[0][0]) if shortcut else None,
@@ -71,7 +74,7 @@ class _FoldedLayers(torch.autograd.Function):
 
     Scales and shifts are constants. What is saved is each convolution's input and the output (for the ReLU's mask; the
     next node saves it as its input anyway) and the raw weights. Where a second derivative may follow
-    (``create_graph=True``), backward goes through plain PyTorch.
+    (``create_graph=True``), or gradients come in batches, backward goes through operations that allow it.
     """
 
     @staticmethod
@@ -105,8 +108,8 @@ class _FoldedLayers(torch.autograd.Function):
         saved = ctx.saved_tensors
         weights, inputs, out = saved[:count], saved[count:-1], saved[-1]
         scales = ctx.constants[:count]
-        if torch.is_grad_enabled():
-            first, second, *others = _differentiable_backward(plan, ctx.constants, inputs[0], weights, out, grad)
+        if torch.is_grad_enabled() or is_transformed():
+            first, second, *others = _plain_backward(plan, ctx.constants, inputs[0], weights, out, grad)
             return None, None, first, second if needs_residual else None, *others
         layout = _memory_format(inputs[0])
         grads: list[Tensor | None] = [None] * count
@@ -133,7 +136,7 @@ class _FoldedLayers(torch.autograd.Function):
             return grad_x
 
         if plan.relu:
-            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+            grad = threshold_backward(grad, out, 0)
         at_end: Tensor = grad.contiguous(memory_format=layout)
         current: Tensor | None = at_end
         for index in reversed(range(len(plan.geometries))):
@@ -143,7 +146,7 @@ class _FoldedLayers(torch.autograd.Function):
                 break
             current = through(index, current, x, plan.geometries[index], needs_input)
             if current is not None and index > 0:
-                torch.ops.aten.threshold_backward.grad_input(current, x, 0, grad_input=current)
+                threshold_backward.grad_input(current, x, 0, grad_input=current)
         grad_x = current if needs_x else None
         if plan.projection and (needs_x or needs_weights[-1]):
             grad_x = through(count - 1, at_end, inputs[0], plan.projection, needs_x, onto=grad_x)
@@ -152,34 +155,44 @@ class _FoldedLayers(torch.autograd.Function):
         return None, None, grad_x, at_end if needs_residual else None, *grads
 
 
-def _differentiable_backward(
+def _plain_backward(
     plan: _Plan,
     constants: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
     out: Tensor | None,
     grad: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, residual and weights as functions that can be differentiated again."""
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, residual and weights by operations that can be differentiated again and batched.
+
+    Each is a formula of ``x``, the weights and ``grad``, whatever made these: ``x`` may depend on the same weights.
+    """
     scales, shifts = constants[: len(weights)], constants[len(weights) :]
-
-    def layer(x: Tensor, index: int, geometry: Geometry) -> Tensor:
-        raw = F.conv2d(x, weights[index].to(x.dtype), None, *geometry)
-        return torch.addcmul(shifts[index].view(-1, 1, 1), raw, scales[index].view(-1, 1, 1)).to(x.dtype)
-
-    end = x
+    folded = [(w * scale.view(-1, 1, 1, 1)).to(x.dtype) for w, scale in zip(weights, scales, strict=True)]
+    inputs = [x]
     for index, geometry in enumerate(plan.geometries[:-1]):
-        end = F.relu(layer(end, index, geometry))
-    end = layer(end, len(plan.geometries) - 1, plan.geometries[-1])
+        inputs.append(F.relu(F.conv2d(inputs[-1], folded[index], shifts[index], *geometry)))
+    at_end = grad if out is None else grad * (out > 0)  # the ReLU, whose mask holds the residual's part as well
+    of_weights: list[Tensor] = [x] * len(weights)
+
+    def through(index: int, grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+        stride, padding, dilation, groups = geometry
+        needs = (True, True, False)
+        of_x, of_folded, _ = convolution_backward(
+            grad, x, folded[index], None, stride, padding, dilation, False, (0, 0), groups, needs
+        )
+        of_weights[index] = (of_folded * scales[index].view(-1, 1, 1, 1)).to(weights[index].dtype)
+        return of_x  # type: ignore[no-any-return]
+
+    current = at_end
+    for index in reversed(range(len(plan.geometries))):
+        current = through(index, current, inputs[index], plan.geometries[index])
+        current = current * (inputs[index] > 0) if index else current
     if plan.projection:
-        end = end + layer(x, len(weights) - 1, plan.projection)
+        current = current + through(len(weights) - 1, at_end, x, plan.projection)
     elif plan.adds_input:
-        end = end + x
-    grad = grad if out is None else grad * (out > 0)  # the ReLU, whose mask holds the residual's part as well
-    wanted = [tensor for tensor in (x, *weights) if tensor.requires_grad]
-    found = iter(torch.autograd.grad(end, wanted, grad, create_graph=True)) if wanted else iter(())
-    grad_x, *grad_weights = [next(found) if tensor.requires_grad else None for tensor in (x, *weights)]
-    return grad_x, grad, *grad_weights
+        current = current + at_end
+    return current, at_end, *of_weights
 
 
 def _layer(

@@ -1,22 +1,15 @@
 """One convolution with its bias, residual and ReLU, by the fastest kernel the device has. No autograd here."""
 
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
+from backbone.engine import torch_internals
 
-def _onednn_dtypes() -> frozenset[torch.dtype]:
-    ops = torch.ops.mkldnn
-    if not hasattr(ops, "_convolution_pointwise"):  # not in every build of torch
-        return frozenset()
-    half = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
-    return frozenset({torch.float32, *(dtype for dtype, is_supported in half.items() if is_supported())})
-
-
-_ONEDNN_DTYPES: Final = _onednn_dtypes()
+_ONEDNN_DTYPES: Final = torch_internals.onednn_dtypes()
 
 
 class Geometry(NamedTuple):
@@ -34,6 +27,11 @@ class Geometry(NamedTuple):
         if not (type(stride) is type(padding) is type(dilation) is tuple):  # set afterwards: to a number, say
             stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
         return cls(stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
+
+
+def _pair(value: Any) -> Any:  # noqa: ANN401
+    """Return a convolution's setting for both directions."""
+    return tuple(value) if isinstance(value, Sequence) else (value, value)
 
 
 STEM: Final = Geometry((2, 2), (3, 3), (1, 1), 1)
@@ -61,19 +59,35 @@ def conv_bias_act(
         relu: Whether a ReLU ends the operation.
         reuse_residual: Whether the result may take the memory of ``residual``.
     """
+    if residual is not None and not _fits(residual, x, weight, geometry):
+        out = conv_bias_act(x, weight, bias, geometry, relu=False) + residual  # broadcast, or refused, by torch
+        return out.relu_() if relu else out
     if has_onednn(x):
         return _onednn(x, weight, bias, geometry, residual, relu=relu, reuse_residual=reuse_residual)
     if _is_packed_stem(x, weight, geometry):
         x, geometry = _space_to_depth(x), Geometry((1, 1), (0, 0), (1, 1), 1)
-    if relu and _has_cudnn(x) and _cudnn_fuses(x, weight):
+    if relu and _has_cudnn(x) and _cudnn_fuses(x, weight) and torch_internals.has_cudnn(x.device):
         if residual is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+            return torch_internals.cudnn_convolution_relu(x, weight, bias, *geometry)
         if _is_dense(residual):
-            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+            return torch_internals.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
     out = F.conv2d(x, weight, bias, *geometry)
     if residual is not None:
         out = out.add_(residual)
     return out.relu_() if relu else out
+
+
+def _fits(residual: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether ``residual`` has the shape of the convolution's output; of a packed stem the shape is not asked."""
+    if _is_packed_stem(x, weight, geometry):
+        return True
+    stride, padding, dilation, _ = geometry
+    spans = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+    size = [
+        (side + 2 * pad - span - 1) // step + 1
+        for side, pad, span, step in zip(x.shape[2:], padding, spans, stride, strict=True)
+    ]
+    return residual.shape == (x.shape[0], weight.shape[0], *size)
 
 
 def pack(weight: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
@@ -82,15 +96,21 @@ def pack(weight: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
     Other shapes work as well, but oneDNN may then rearrange the weight at every call, at many times the convolution's
     own cost: pack again when ``layout_depends_on`` changes.
     """
-    if has_onednn(x):
+    if has_onednn(x) and torch_internals.PACKS:
         stride, padding, dilation, groups = geometry
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        packed: Tensor = torch_internals.reorder_convolution_weight(
             weight.contiguous(), padding, stride, dilation, groups, list(x.shape)
         )
         return packed
     if _is_slow_stem(x, weight, geometry):
         weight = _stem_weight(weight)
     return weight.contiguous(memory_format=torch.channels_last) if x.is_cuda else weight
+
+
+def unpack(packed: Tensor | None) -> Tensor:
+    """Return a weight that ``pack`` rearranged for the CPU, or left in its shape, as it was."""
+    assert packed is not None
+    return packed if packed.layout is torch.strided else packed.to_dense()
 
 
 def layout_depends_on(x: Tensor) -> object:
@@ -113,21 +133,20 @@ def _onednn(
     relu: bool,
     reuse_residual: bool,
 ) -> Tensor:
-    ops = torch.ops.mkldnn
     stride, padding, dilation, groups = geometry
     where = (padding, stride, dilation, groups)
     x = x.contiguous(memory_format=torch.channels_last)
     out: Tensor
     if residual is None:
-        out = ops._convolution_pointwise(x, weight, bias, *where, "relu" if relu else "none", [], "")
+        out = torch_internals.convolution_pointwise(x, weight, bias, *where, "relu" if relu else "none", [], "")
         return out
     reuse = reuse_residual and residual.is_contiguous(memory_format=torch.channels_last)
     residual = residual.contiguous(memory_format=torch.channels_last)
     add_relu: tuple[object, ...] = ("add", 1.0, "relu" if relu else None, [], None)
     if reuse:
-        out = ops._convolution_pointwise_(residual, x, weight, bias, *where, *add_relu)
+        out = torch_internals.convolution_pointwise_(residual, x, weight, bias, *where, *add_relu)
     else:
-        out = ops._convolution_pointwise(x, residual, weight, bias, *where, *add_relu)
+        out = torch_internals.convolution_pointwise(x, residual, weight, bias, *where, *add_relu)
     return out
 
 

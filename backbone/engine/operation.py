@@ -1,38 +1,72 @@
 """Convolution, frozen norm, residual and ReLU as one operation: why we are fast.
 
 A frozen norm is a constant scale and shift per channel, so ``conv(x, w) * scale + shift = conv(x, w * scale) + shift``:
-it never needs a pass over activations. ``conv_norm_act`` picks, per call,
+it never needs a pass over activations. ``decide`` answers, once per call of a block, which way it goes:
 
-* plain PyTorch where the norm trains, the call is being traced, or someone watches (hooks, dispatch modes), except in
-  an inference copy, which has no norm left to call;
-* where a gradient is needed, one autograd node that saves no folded weight (gradient.py);
-* otherwise one fused kernel (kernels.py) on folded weights that are kept and never stale (kept.py).
+* PLAIN where the norm trains, the call is traced or somebody watches: the modules are called;
+* GRADIENT where a gradient is needed: one autograd node that saves no folded weight (gradient.py);
+* FUSED where none is: one kernel a layer (kernels.py), on folded weights that are never out of date (cached.py);
+* FOLDED in an inference copy: one kernel a layer, on the layers' own weights (folded.py).
+
+The functions return None for PLAIN: the caller, an ordinary ``forward``, then calls its modules.
 """
 
+import enum
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias, TypeGuard
+from typing import Any, Final
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.engine.cached import unless_changed
+from backbone.engine import torch_internals
+from backbone.engine.cached import drop, unless_changed
 from backbone.engine.calls import (
     compute_dtype,
+    has_hook,
+    has_hook_within,
     is_autocast,
-    is_seen_through,
-    is_watched,
-    is_watched_within,
+    is_plain,
+    is_traced,
     needs_grad,
-    runs_in_order,
 )
 from backbone.engine.folded import FoldedConv2d
-from backbone.engine.gradient import FrozenLayer, scaled, with_gradient
+from backbone.engine.gradient import scaled, with_gradient
 from backbone.engine.kernels import Geometry, conv_bias_act, pack
+from backbone.engine.known import Layer, is_block, parts_of, runs_in_order
 from backbone.norm import FrozenBatchNorm2d, is_frozen_form
 
-Layer: TypeAlias = tuple[nn.Module, nn.Module]
-"""A convolution and its norm."""
+FOLDED_WEIGHT: Final = "folded weight"
+
+
+class Path(enum.Enum):
+    """How a block, or a layer, is computed."""
+
+    PLAIN = enum.auto()
+    GRADIENT = enum.auto()
+    FUSED = enum.auto()
+    FOLDED = enum.auto()
+
+
+def decide(x: Tensor, layers: Sequence[Layer], activations: Sequence[nn.Module], *, ends_in_act: bool = False) -> Path:
+    """Return how ``layers`` are to be computed for an ``x`` that is not traced.
+
+    Args:
+        x: Features (N, C_in, H, W).
+        layers: Convolutions and their norms.
+        activations: What follows them.
+        ends_in_act: Whether a ReLU inside of the norm may be taken along.
+    """
+    for activation in activations:
+        if type(activation) is not nn.ReLU or has_hook(activation):
+            return Path.PLAIN
+    is_folded = type(layers[0][0]) is FoldedConv2d
+    is_known = _is_folded if is_folded else _is_frozen
+    if not all(is_known(conv, norm, x, ends_in_act) for conv, norm in layers):
+        return Path.PLAIN
+    if is_folded:
+        return Path.FOLDED
+    if not needs_grad(x, *[conv.weight for conv, _ in layers]):  # type: ignore[arg-type]
+        return Path.FUSED
+    return Path.GRADIENT if torch_internals.HAS_GRADIENT else Path.PLAIN
 
 
 def conv_norm_act(
@@ -40,90 +74,78 @@ def conv_norm_act(
     conv: nn.Module,
     norm: nn.Module,
     residual: Tensor | None = None,
+    act: nn.Module | None = None,
     *,
-    relu: bool = True,
     reuse_residual: bool = False,
-) -> Tensor:
-    """Return ``relu(norm(conv(x)) + residual)``.
+) -> Tensor | None:
+    """Return ``act(norm(conv(x)) + residual)``; None where these are to be called.
 
     Args:
         x: Features (N, C_in, H, W).
         conv: The convolution.
-        norm: Its norm, C_out channels, which may end in an activation.
-        residual: Added before the ReLU, shaped like the result.
-        relu: Whether a ReLU ends the operation.
+        norm: Its norm, C_out channels, which may end in an activation of its own where there is no residual.
+        residual: Added before the activation, shaped like the result.
+        act: The activation.
         reuse_residual: Whether nobody needs ``residual`` any more, so that the result may take its memory.
 
     Returns:
         Features (N, C_out, H_out, W_out) in the dtype of the convolution's output.
     """
-    ends_in_relu = _ending(norm) is nn.ReLU
-    if isinstance(conv, FoldedConv2d) and (
-        isinstance(norm, nn.Identity)
-        or (ends_in_relu and residual is None and not hasattr(norm, "running_var"))  # with hooks it was not folded
-    ):
-        return conv.fused(x, residual, relu=relu or ends_in_relu, reuse_residual=reuse_residual)
-    layer = (conv, norm)
-    if is_seen_through(x) or not is_frozen_layer(layer, x, before_relu=residual is None):
-        out: Tensor = norm(conv(x))
-        if residual is not None:
-            out = out + residual
-        return F.relu(out, inplace=not is_watched(norm)) if relu else out
-    relu = relu or ends_in_relu
-    x = x.to(compute_dtype(x))
-    residual = residual if residual is None else residual.to(x.dtype)
-    if needs_grad(x, layer[0].weight, residual):
-        return with_gradient(x, residual, [layer], None, relu=relu)
-    weight, bias = _folded(*layer, x)
-    return conv_bias_act(x, weight, bias, Geometry.of(layer[0]), residual, relu=relu, reuse_residual=reuse_residual)
+    if is_traced(x) or (residual is not None and not is_plain(residual)):
+        return None
+    path = decide(x, ((conv, norm),), () if act is None else (act,), ends_in_act=residual is None)
+    if path is Path.FUSED and needs_grad(residual):
+        path = Path.GRADIENT if torch_internals.HAS_GRADIENT else Path.PLAIN
+    if path is Path.PLAIN or (path is Path.FOLDED and needs_grad(residual)):
+        return None
+    relu = act is not None or _ending(norm) is nn.ReLU
+    if path is Path.GRADIENT:
+        return _with_gradient(x, residual, [(conv, norm)], None, relu=relu)
+    return _layer((conv, norm), x, residual, relu=relu, reuse_residual=reuse_residual)
 
 
-def residual_block(
-    x: Tensor, layers: Sequence[Layer], projection: nn.Sequential | None, *, reuse_input: bool = False
-) -> Tensor:
-    """Return ``relu(layers(x) + shortcut(x))``, with a ReLU after each layer but the last.
+def residual_block(block: nn.Module, x: Tensor, *, reuse_input: bool = False) -> Tensor | None:
+    """Return ``relu(layers(x) + shortcut(x))`` of a registered block's parts; None where its modules are to be called.
 
     Args:
+        block: The block, perhaps of a subclass whose own ``forward`` calls that of the registered class.
         x: Features (N, C_in, H, W).
-        layers: The branch: convolutions and their norms.
-        projection: Convolution and norm of the shortcut; None where it is the identity.
         reuse_input: Whether nobody needs ``x`` any more, so that the result may take its memory.
     """
-    shortcut: list[Layer] = [] if projection is None else [(projection[0], projection[1])]
-    watched = projection is not None and is_watched(projection)
-    known = projection is None or len(projection) == 2  # noqa: PLR2004
-    checked = (*layers, *shortcut) if torch.is_grad_enabled() and known and not watched else ()
-    seen_through = len(checked) > 0 and is_seen_through(x)  # torch 2.11 compiles no bool(tuple)
-    is_known = not seen_through and (projection is None or runs_in_order(projection))
-    frozen = [layer for layer in checked if is_frozen_layer(layer, x)] if is_known else []
-    if len(frozen) == len(layers) + len(shortcut):
-        x = x.to(compute_dtype(x))
-        if needs_grad(x, *[conv.weight for conv, _ in frozen]):
-            return with_gradient(x, None, frozen[: len(layers)], frozen[len(layers) :])
+    if is_traced(x):
+        return None
+    parts = parts_of(block)
+    if parts is None:
+        return None
+    layers, activations, shortcut = parts
+    pool, projection = _projection(shortcut)
+    path = decide(x, layers if projection is None else (*layers, projection), activations)
+    ends_like_input = layers[-1][0].out_channels == x.shape[1]
+    if path is Path.PLAIN or (projection is None and (shortcut is not None or not ends_like_input)):
+        return None
+    pooled = x if pool is None else pool(x)
+    if path is Path.GRADIENT:
+        return _block_with_gradient(x, pooled, layers, projection)
+    residual = x if projection is None else _layer(projection, pooled, relu=False)
     out = x
-    for conv, norm in layers[:-1]:
-        out = conv_norm_act(out, conv, norm)
-    conv, norm = layers[-1]
-    if projection is None:
-        return conv_norm_act(out, conv, norm, x, reuse_residual=reuse_input)
-    unseen = not is_watched_within(projection)
-    return conv_norm_act(out, conv, norm, projection(x), reuse_residual=unseen)
+    for layer in layers[:-1]:
+        out = _layer(layer, out)
+    return _layer(layers[-1], out, residual, reuse_residual=reuse_input or projection is not None)
 
 
-def blocks_in_row(blocks: Iterable[nn.Module], fused: tuple[type[nn.Module], ...], x: Tensor) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     """Return what ``blocks`` make of ``x`` one after the other.
 
-    Those of the classes ``fused``, not of their subclasses, are told to reuse their input where it is nothing but the
-    output of another of them: nobody else has it, unless someone watches a module of either. Only the CPU's kernel
-    makes use of it, and only where no gradient is needed.
+    A block of a registered class may take its input's memory where that is nothing but the engine's output for the
+    block before: nobody else has it. Only the CPU's kernels make use of it, and only where no gradient is needed.
     """
-    last_was_unseen = False
+    is_ours = False
     for block in blocks:
-        is_unseen = (
-            not x.requires_grad and x.device.type == "cpu" and type(block) in fused and not is_watched_within(block)
-        )
-        x = block(x, reuse_input=True) if is_unseen and last_was_unseen else block(x)
-        last_was_unseen = is_unseen
+        out = None
+        if not is_traced(x) and is_block(block):
+            out = residual_block(block, x, reuse_input=is_ours and x.device.type == "cpu")
+        is_ours = out is not None and not out.requires_grad
+        x = block(x) if out is None else out
     return x
 
 
@@ -133,37 +155,88 @@ def fold(conv: nn.Conv2d, norm: FrozenBatchNorm2d, like: Tensor) -> tuple[Tensor
     return scaled(conv.weight.detach(), scale, like), shift.to(like.dtype)
 
 
-def _ending(norm: nn.Module) -> type[nn.Module] | None:
-    """The class of what follows scale and shift in a frozen norm, or is left of the norm by folding.
+def _projection(shortcut: nn.Module | None) -> tuple[nn.Module | None, Layer | None]:
+    """Return a shortcut's pooling, if any, and its convolution and norm; (None, None) where it is another thing."""
+    if shortcut is None or not runs_in_order(shortcut) or has_hook(shortcut):
+        return None, None
+    match list(shortcut.children()):
+        case [conv, norm]:
+            return None, (conv, norm)
+        case [nn.AvgPool2d() | nn.Identity() as pool, conv, norm] if type(pool) in (nn.AvgPool2d, nn.Identity):
+            return pool, (conv, norm)
+    return None, None
 
-    None where someone watches it, so that it must be called.
-    """
-    if type(norm) in (FrozenBatchNorm2d, nn.Identity):
-        return nn.Identity
-    if not is_frozen_form(norm):
-        return None if is_watched(norm) else type(norm)
-    return None if any(map(is_watched, norm.children())) else type(norm.remainder())
+
+def _ending(norm: nn.Module) -> type[nn.Module]:
+    """The class of what follows scale and shift in a frozen norm, or is left of the norm by folding."""
+    return type(norm.remainder()) if isinstance(norm, FrozenBatchNorm2d) else type(norm)
 
 
-def is_frozen_layer(layer: Layer, x: Tensor, *, before_relu: bool = False) -> TypeGuard[FrozenLayer]:
-    """Whether nobody would notice that convolution and norm are not called; ``before_relu``: nor a ReLU in the norm.
+def _is_folded(conv: nn.Module, norm: nn.Module, x: Tensor, ends_in_act: bool) -> bool:
+    """Whether nobody would notice that a layer of an inference copy, and the rest of its norm, are not called."""
+    rest = (nn.Identity, nn.ReLU) if ends_in_act else (nn.Identity,)
+    return (
+        type(conv) is FoldedConv2d
+        and type(norm) in rest
+        and conv.takes(x)
+        and not has_hook(conv)
+        and not has_hook(norm)
+    )
 
-    In a call that is not seen through (``is_seen_through``).
-    """
-    conv, norm = layer
-    if type(conv) is not nn.Conv2d or not isinstance(norm, FrozenBatchNorm2d):  # a parametrized one is of another class
+
+def _is_frozen(conv: nn.Module, norm: nn.Module, x: Tensor, ends_in_act: bool) -> bool:
+    """Whether nobody would notice that convolution and norm, and a ReLU in the norm, are not called."""
+    if type(conv) is not nn.Conv2d or not is_frozen_form(norm):  # a parametrized one is of another class
         return False
     weight = conv.weight
     return (
         conv.bias is None
-        and type(weight) in (Tensor, nn.Parameter)
+        and x.ndim == 4  # noqa: PLR2004
+        and weight.device == x.device
         and (x.dtype == weight.dtype or is_autocast(x))
+        and all(map(is_plain, (weight, *norm.constants())))
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and not is_watched(conv)
-        and not is_watched(norm)
-        and _ending(norm) in ((nn.Identity, nn.ReLU) if before_relu else (nn.Identity,))
+        and not has_hook(conv)
+        and not has_hook_within(norm)
+        and _ending(norm) in ((nn.Identity, nn.ReLU) if ends_in_act else (nn.Identity,))
     )
+
+
+def _layer(
+    layer: Layer, x: Tensor, residual: Tensor | None = None, *, relu: bool = True, reuse_residual: bool = False
+) -> Tensor:
+    """Compute a layer, FUSED or FOLDED, by one kernel."""
+    conv, norm = layer
+    if isinstance(conv, FoldedConv2d):
+        return conv.fused(x, residual, relu=relu, reuse_residual=reuse_residual)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, FrozenBatchNorm2d)
+    x = x.to(compute_dtype(x))
+    residual = residual if residual is None else residual.to(x.dtype)
+    weight, bias = _folded(conv, norm, x)
+    return conv_bias_act(x, weight, bias, Geometry.of(conv), residual, relu=relu, reuse_residual=reuse_residual)
+
+
+def _block_with_gradient(x: Tensor, pooled: Tensor, layers: Sequence[Layer], projection: Layer | None) -> Tensor:
+    """Compute a block as one autograd node; where its shortcut pools, as two."""
+    if pooled is x:
+        return _with_gradient(x, None, layers, [] if projection is None else [projection])
+    assert projection is not None
+    residual = _with_gradient(pooled, None, [projection], None, relu=False)
+    return _with_gradient(x, residual, layers, None)
+
+
+def _with_gradient(
+    x: Tensor, residual: Tensor | None, layers: Sequence[Layer], shortcut: Sequence[Layer] | None, *, relu: bool = True
+) -> Tensor:
+    """Compute frozen layers as one autograd node; what inference kept of them no longer serves."""
+    frozen: Any = layers, shortcut
+    for _, norm in (*layers, *(shortcut or ())):
+        drop(norm, FOLDED_WEIGHT)  # type: ignore[arg-type]
+    x = x.to(compute_dtype(x))
+    residual = residual if residual is None else residual.to(x.dtype)
+    return with_gradient(x, residual, *frozen, relu=relu)
 
 
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,5 +246,5 @@ def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> tuple[Tensor
         weight, bias = fold(conv, norm, x)
         return weight if x.device.type == "cpu" else pack(weight, Geometry.of(conv), x), bias
 
-    weight, bias = unless_changed([norm], [conv.weight], ("fold", x.dtype), compute)
+    weight, bias = unless_changed([norm], [conv.weight], FOLDED_WEIGHT, x.dtype, compute)
     return weight, bias

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.engine import torch_internals
 from backbone.engine.kernels import Geometry, has_onednn
 
 # oneDNN has other kernels for other CPUs, on which nobody has measured
-HAS_LINEAR: Final = (
-    hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
+HAS_LINEAR: Final = torch_internals.HAS_LINEAR and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -28,7 +27,7 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x @ weight.T + bias`` for float32 on the CPU by oneDNN; torch calls MKL, half as fast on AMD's CPUs."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    out: Tensor = torch_internals.linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
 
@@ -66,7 +65,7 @@ def conv_backward(
                 onto = torch.zeros_like(x) if onto is None else onto
             needs_x = False
     if needs_x or needs_weight:
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        of_x, of_weight, _ = torch_internals.convolution_backward(
             grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (needs_x, needs_weight, False)
         )
         if needs_x:

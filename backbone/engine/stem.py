@@ -12,10 +12,10 @@ from typing import Final, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from backbone.engine.calls import compute_dtype, is_autocast, is_seen_through, is_watched, needs_grad
+from backbone.engine.calls import compute_dtype, has_hook, is_traced
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.kernels import STEM, Geometry, has_onednn
-from backbone.engine.operation import conv_norm_act, is_frozen_layer
+from backbone.engine.operation import Path, conv_norm_act, decide
 
 _FRESH_BYTES: Final = 32 * 2**20
 _BAND_BYTES: Final = 16 * 2**20  # of the tensor between
@@ -29,27 +29,38 @@ class Bands(NamedTuple):
     rows: int
 
 
-def stem(images: Tensor, conv: nn.Module, norm: nn.Module, pool: nn.Module) -> Tensor:
-    """Return ``pool(relu(norm(conv(images))))``: (N, C_in, H, W) -> (N, C, H / 4, W / 4); sizes round up."""
+def stem(images: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module) -> Tensor | None:
+    """Return ``pool(act(norm(conv(images))))``: (N, C_in, H, W) -> (N, C, H / 4, W / 4); sizes round up.
+
+    None where these are to be called.
+    """
+    if is_traced(images):
+        return None
     bands = None
-    if _is_known(conv, norm, pool, images):
-        dtype = conv.weight.dtype if isinstance(conv, FoldedConv2d) else compute_dtype(images)
+    if _is_known(conv, norm, act, pool, images):
+        dtype = conv.bias.dtype if isinstance(conv, FoldedConv2d) else compute_dtype(images)  # type: ignore[union-attr]
         batch, height, width, channels = len(images), images.shape[2] // 2, images.shape[3] // 2, conv.out_channels
         bands = plan_bands(batch, height, width, channels, dtype.itemsize)
     if bands is None:
-        pooled: Tensor = pool(conv_norm_act(images, conv, norm))
-        return pooled
+        features = conv_norm_act(images, conv, norm, act=act)
+        return None if features is None else pool(features)
     out = images.new_empty(batch, height // 2, width // 2, channels, dtype=dtype).permute(0, 3, 1, 2)
     for part, pooled in zip(torch.split(images, bands.images), torch.split(out, bands.images), strict=True):
-        above = None
-        for start in range(0, height, bands.rows):
-            stop, spoilt = min(start + bands.rows, height), min(start, _SPOILT)
-            features = conv_norm_act(part[:, :, 2 * (start - spoilt) : 2 * (stop + 1)], conv, norm)
-            features = features[:, :, spoilt : spoilt + stop - start]
-            _max_pool(features, above, pooled[:, :, start // 2 : stop // 2])
-            above = features[:, :, -1:].clone()
-            del features  # the next band may take its memory
+        _in_bands(part, conv, norm, act, bands.rows, pooled)
     return out
+
+
+def _in_bands(images: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module, rows: int, out: Tensor) -> None:
+    """Write the stem of ``images`` to ``out`` (N, C, H / 4, W / 4), some rows of the tensor between at a time."""
+    above, height = None, images.shape[2] // 2
+    for start in range(0, height, rows):
+        stop, spoilt = min(start + rows, height), min(start, _SPOILT)
+        features = conv_norm_act(images[:, :, 2 * (start - spoilt) : 2 * (stop + 1)], conv, norm, act=act)
+        assert features is not None
+        features = features[:, :, spoilt : spoilt + stop - start]
+        _max_pool(features, above, out[:, :, start // 2 : stop // 2])
+        above = features[:, :, -1:].clone()
+        del features  # the next band may take its memory
 
 
 def plan_bands(batch: int, height: int, width: int, channels: int, itemsize: int) -> Bands | None:
@@ -71,21 +82,18 @@ def plan_bands(batch: int, height: int, width: int, channels: int, itemsize: int
     return Bands(1, 2 * -(-height // (2 * num_bands)))
 
 
-def _is_known(conv: nn.Module, norm: nn.Module, pool: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
+def _is_known(
+    conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, images: Tensor
+) -> TypeGuard[nn.Conv2d]:
     """Whether this is the stem of ``STEM``, on the CPU, without a gradient, and nobody would notice a band."""
-    if images.device.type != "cpu" or is_seen_through(images) or images.shape[2] % 4 or images.shape[3] % 4:
+    if images.device.type != "cpu" or images.ndim != 4 or images.shape[2] % 4 or images.shape[3] % 4:  # noqa: PLR2004
         return False
-    if type(pool) is not nn.MaxPool2d or is_watched(pool) or not isinstance(conv, nn.Conv2d):
+    if type(pool) is not nn.MaxPool2d or has_hook(pool) or not isinstance(conv, nn.Conv2d):
         return False
     settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
     if settings != (3, 2, 1, 1, False, False) or conv.kernel_size != (7, 7) or Geometry.of(conv) != STEM:
         return False
-    if needs_grad(images, conv.weight):
-        return False
-    if isinstance(conv, FoldedConv2d):
-        fuses = not is_autocast(images) or compute_dtype(images) == conv.weight.dtype
-        return fuses and type(norm) is nn.Identity
-    return is_frozen_layer((conv, norm), images)
+    return decide(images, ((conv, norm),), (act,)) in (Path.FUSED, Path.FOLDED)
 
 
 def _max_pool(x: Tensor, above: Tensor | None, out: Tensor) -> None:

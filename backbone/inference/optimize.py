@@ -1,21 +1,21 @@
 """A copy of a model for inference: every norm folded once, every weight in the layout its kernel wants."""
 
 import copy
-import itertools
 import logging
 from dataclasses import dataclass
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from backbone.engine.calls import has_hook, runs_in_order
+from backbone.engine.calls import has_hook, has_hook_within, is_plain
 from backbone.engine.folded import FoldedConv2d, QuickLinear
+from backbone.engine.known import pairs_of
+from backbone.inference.foreign_norms import frozen_eps, what_follows
 from backbone.inference.graphs import GraphedExtractor
-from backbone.norm import FrozenBatchNorm2d, freeze_norms, has_frozen_form
+from backbone.norm import FrozenBatchNorm2d, freeze_norms, frozen_form, is_frozen_form
 
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PLAIN_NORMS: Final = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +48,7 @@ class Optimization:
 @torch.inference_mode(False)  # the copy's tensors must not be inference tensors: those change unseen
 @torch.no_grad()
 def optimize_for_inference(
-    model: nn.Module, *, dtype: torch.dtype | None = None, cuda_graphs: bool = False
+    model: nn.Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True, cuda_graphs: bool = False
 ) -> nn.Module:
     """Return a copy of ``model`` in eval mode that gives the same outputs faster; ``model`` stays as it is.
 
@@ -65,6 +65,9 @@ def optimize_for_inference(
         dtype: What the feature extractor computes in, such as torch.bfloat16; the weights' own dtype by default.
             Images may stay float32. A bare backbone returns features in this dtype; inside a detector they are cast
             back, so that the heads run as before.
+        keep_weights: Whether the plain weights stay beside those in their kernels' layout. Without them a copy takes
+            about the memory of the model, and a few per cent more time on the CPU; ``weight`` and the state dict are
+            still there, unpacked for who asks.
         cuda_graphs: Whether the feature extractor is replayed as one CUDA graph per image shape: worth it for few
             shapes and small batches, where launching kernels takes longer than running them.
 
@@ -79,8 +82,8 @@ def optimize_for_inference(
         extractor = model.backbone = _without_graphs(extractor)
     else:
         extractor = model
-    folded = sum(_fold_norms(module) for module in model.modules())
-    prepared = _prepare(model)
+    folded = sum(_fold_norms(module, keep_weights) for module in list(model.modules()))
+    prepared = _prepare(model, keep_weights)
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.__class__ = QuickLinear
@@ -102,56 +105,78 @@ def _without_graphs(module: nn.Module) -> nn.Module:
     return module.extractor if isinstance(module, GraphedExtractor) else module
 
 
-def _fold_norms(parent: nn.Module) -> int:
+def _fold_norms(parent: nn.Module, keep_weights: bool) -> int:
     """Fold each batch norm among the children of ``parent`` into the convolution it follows; return how many."""
-    pairs = [] if "forward" in vars(parent) else list(getattr(parent, "conv_norm_pairs", ()))
-    if isinstance(parent, nn.Sequential):
-        pairs = list(itertools.pairwise(parent._modules)) if runs_in_order(parent) else []
     folded = 0
-    for conv_name, norm_name in pairs:
+    for conv_name, norm_name in pairs_of(parent):
         conv, norm = parent._modules.get(conv_name), parent._modules.get(norm_name)
-        if conv is not None and norm is not None and _is_plain(conv) and _has_statistics(norm) and not has_hook(norm):
-            if type(norm) not in _PLAIN_NORMS:
-                norm = freeze_norms(norm)  # its frozen form tells what it does besides
-            parent._modules[conv_name] = _fold(conv, norm)
-            parent._modules[norm_name] = norm.remainder() if isinstance(norm, FrozenBatchNorm2d) else nn.Identity()
+        if conv is None or norm is None or not _is_plain_conv(conv) or has_hook_within(norm):
+            continue
+        constants = _constants(norm)
+        if constants is not None:
+            parent._modules[conv_name] = _fold(conv, constants, keep_weights)
+            parent._modules[norm_name] = _remainder(norm)
             folded += 1
     return folded
 
 
-def _is_plain(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether ``conv`` is a convolution that another may replace: nothing is hooked to it either."""
+def _is_plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether ``conv`` is a convolution that another may replace: torch's own, with dense weights, and no hooks."""
     is_known = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return is_known and not has_hook(conv)
+    return (
+        is_known
+        and not has_hook(conv)
+        and all(is_plain(each) and each.is_floating_point() for each in conv.parameters())
+    )
 
 
-def _has_statistics(norm: nn.Module) -> bool:
-    """Whether ``norm`` is a batch norm of any library: torch's, ours, torchvision's or detectron2's frozen one."""
-    # not their subclasses: those may compute more, such as an activation, unless we know what
-    ours = isinstance(norm, FrozenBatchNorm2d) or has_frozen_form(norm)
-    return (ours or type(norm).__name__ == "FrozenBatchNorm2d") and getattr(norm, "running_var", None) is not None
+class _Constants(NamedTuple):
+    """What a batch norm computes: ``(x - mean) / sqrt(variance + eps) * weight + bias``."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
-def _fold(conv: nn.Conv2d, norm: nn.Module) -> FoldedConv2d:
+def _constants(norm: nn.Module) -> _Constants | None:
+    """Return what ``norm`` computes; None where it is no batch norm that is known, by its exact class."""
+    eps = norm.eps if frozen_form(norm) or is_frozen_form(norm) else frozen_eps(norm)
+    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if eps is None or mean is None or variance is None:  # without statistics it depends on the input
+        return None
+    return _Constants(mean, variance, norm.weight, norm.bias, float(eps))  # type: ignore[arg-type]
+
+
+def _remainder(norm: nn.Module) -> nn.Module:
+    """Return what ``norm`` does besides, such as an activation."""
+    form = frozen_form(norm)
+    if form is FrozenBatchNorm2d:
+        return nn.Identity()
+    known = freeze_norms(norm) if form else norm  # the frozen form tells
+    return known.remainder() if isinstance(known, FrozenBatchNorm2d) else what_follows(known)
+
+
+def _fold(conv: nn.Conv2d, norm: _Constants, keep_weight: bool) -> FoldedConv2d:
     """Fold in double precision and round to the dtype of ``conv``."""
-    mean, variance = norm.get_buffer("running_mean").double(), norm.get_buffer("running_var").double()
-    weight, bias = norm.weight, norm.bias  # parameters or buffers, or None without affine
-    scale = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
-    scale = scale if weight is None else scale * weight.double()  # type: ignore[operator]
+    scale = torch.rsqrt(norm.variance.double() + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    mean = norm.mean.double()
     shift = -mean * scale if conv.bias is None else (conv.bias.double() - mean) * scale
-    shift = shift if bias is None else shift + bias.double()  # type: ignore[operator]
-    folded = conv.weight.double() * scale[:, None, None, None]
-    return FoldedConv2d(conv, folded.to(conv.weight.dtype), shift.to(conv.weight.dtype))
+    shift = shift if norm.bias is None else shift + norm.bias.double()
+    weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype)
+    return FoldedConv2d(conv, weight, shift.to(conv.weight.dtype), keep_weight=keep_weight)
 
 
-def _prepare(model: nn.Module) -> int:
-    """Let the remaining plain convolutions with a bias use prepared weights, too; return how many."""
+def _prepare(model: nn.Module, keep_weights: bool) -> int:
+    """Let the remaining plain convolutions use prepared weights, too; return how many."""
     prepared = 0
     for parent in list(model.modules()):
         for name, conv in parent._modules.items():
-            if conv is not None and _is_plain(conv):
+            if conv is not None and _is_plain_conv(conv):
                 bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
-                parent._modules[name] = FoldedConv2d(conv, conv.weight, bias)
+                parent._modules[name] = FoldedConv2d(conv, conv.weight, bias, keep_weight=keep_weights)
                 prepared += 1
     return prepared
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone import optimize_for_inference
+from backbone.engine import torch_internals
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.gradient import _FoldedLayers
 
@@ -96,15 +97,15 @@ class Strict(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.fixture
 def flow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flow]:
     flow = Flow()
-    monkeypatch.setattr(torch, "cudnn_convolution_relu", flow.convolve)
-    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", flow.convolve_and_add)
+    monkeypatch.setattr(torch_internals, "cudnn_convolution_relu", flow.convolve)
+    monkeypatch.setattr(torch_internals, "cudnn_convolution_add_relu", flow.convolve_and_add)
+    monkeypatch.setattr(torch_internals, "has_cudnn", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
     monkeypatch.setattr(_FoldedLayers, "apply", flow.apply)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)  # the modes below are not the user's
-    for name in ("backbone.engine.operation", "backbone.engine.calls"):
-        monkeypatch.setattr(sys.modules[name], "type", class_of, raising=False)
+    monkeypatch.setattr(torch_internals, "num_dispatch_modes", lambda: 0)  # the modes below are not the user's
+    monkeypatch.setattr(sys.modules["backbone.engine.calls"], "type", class_of, raising=False)
 
     def fold(*args: Any) -> tuple[Tensor, Tensor]:
         flow.folded += 1
@@ -256,7 +257,7 @@ def test_an_inference_copy_packs_nothing_under_capture(flow: Flow, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     network(images())  # only the replays would fill what is packed here
     layers = [module for module in network.modules() if isinstance(module, FoldedConv2d)]
-    assert all(layer._packed is None for layer in layers)
+    assert all(layer._prepared is None for layer in layers)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     network(images())
-    assert all(layer._packed is not None for layer in layers)
+    assert all(layer._prepared is not None for layer in layers)

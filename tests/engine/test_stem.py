@@ -1,5 +1,6 @@
 """The stem in bands of rows against its modules one after the other."""
 
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -12,13 +13,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone import FrozenBatchNorm2d, optimize_for_inference
-from backbone.engine import stem as stem_file
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.operation import conv_norm_act, fold
-from backbone.engine.stem import Bands, plan_bands, stem
+from backbone.engine.stem import Bands, plan_bands
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+stem_file = importlib.import_module("backbone.engine.stem")  # the package has a function of that name
+RELU = nn.ReLU(inplace=True)
 Layers = tuple[nn.Conv2d, nn.Module, nn.MaxPool2d]
+
+
+def stem(images: Tensor, conv: nn.Module, norm: nn.Module, pool: nn.Module) -> Tensor:
+    """The engine's stem, or the modules' where it stays out."""
+    out = stem_file.stem(images, conv, norm, RELU, pool)
+    return pool(F.relu(norm(conv(images)))) if out is None else out  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -26,9 +34,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The images and rows that the convolution was given, call by call; a band has at most 16 rows of 8 channels."""
     shapes: list[tuple[int, int]] = []
 
-    def watched(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    def watched(x: Tensor, conv: nn.Module, norm: nn.Module, *, act: nn.Module) -> Tensor | None:
         shapes.append((x.shape[0], x.shape[2]))
-        return conv_norm_act(x, conv, norm)
+        return conv_norm_act(x, conv, norm, act=act)
 
     monkeypatch.setattr(stem_file, "conv_norm_act", watched)
     monkeypatch.setattr(stem_file, "_FRESH_BYTES", 0)
@@ -111,12 +119,14 @@ def test_nan_goes_as_far_as_in_one_pass(
     images = torch.randn(1, 3, 64, 32).to(dtype)
     images[0, 1, 31, 7] = torch.nan
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        found, expected = stem(images, *layers), layers[-1](conv_norm_act(images, *layers[:2]))
+        found = stem(images, *layers)
+        features = conv_norm_act(images, *layers[:2], act=RELU)
+        expected = layers[-1](F.relu(layers[1](layers[0](images))) if features is None else features)
     assert torch.equal(found.isnan(), expected.isnan())
     assert found.dtype == expected.dtype
     assert relative_error(found.nan_to_num(), expected.nan_to_num()) <= LIMITS[found.dtype]
     folded_is_cast = is_folded and autocast and dtype == torch.float32
-    assert (len(seen) == 1) is (folded_is_cast or found.dtype == torch.bfloat16)  # half as many bytes: one band
+    assert (len(seen) <= 1) is (folded_is_cast or found.dtype == torch.bfloat16)  # half as many bytes: one band
 
 
 def test_an_inference_copy_goes_by_bands_as_well(seen: list[tuple[int, int]]) -> None:
@@ -163,7 +173,7 @@ def test_one_pass_where_bands_would_show(reason: str, seen: list[tuple[int, int]
     REASONS[reason](conv, norm, pool)
     images = torch.randn(1, 3, 64, 32)
     assert relative_error(stem(images, conv, norm, pool), pool(F.relu(norm(conv(images))))) <= 1e-5
-    assert len(seen) == 1
+    assert len(seen) <= 1
 
 
 class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -176,7 +186,7 @@ class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_one_pass_where_operations_are_seen(seen: list[tuple[int, int]]) -> None:
     with Onlooker():  # type: ignore[no-untyped-call]
         stem(torch.randn(1, 3, 64, 32), *make())
-    assert len(seen) == 1
+    assert len(seen) == 0
 
 
 def test_statistics_are_taken_of_whole_images(seen: list[tuple[int, int]]) -> None:

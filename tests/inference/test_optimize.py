@@ -422,7 +422,7 @@ def test_a_shape_that_comes_again_may_take_another_path_to_the_same_features() -
             images = torch.randn(1, 3, *size)
             actual, expected = fast(images), model(images)
             assert max(relative_error(actual[level], expected[level]) for level in expected) <= 1e-5
-        found.append((wide._prepared_shape, wide._winograd is not None))
+        found.append((wide._prepared.shape, wide._prepared.winograd is not None))
     first, patient, later, larger = found
     assert first == patient == (torch.Size((1, 256, 12, 16)), True)  # a few smaller images change nothing
     assert later == (torch.Size((1, 256, 9, 16)), True)
@@ -437,8 +437,8 @@ def test_a_head_shared_between_levels_is_prepared_for_the_finest() -> None:
         for size in (32, 16, 8, 4):
             x = torch.randn(1, 128, size, size)
             assert relative_error(fast(x), head(x)) <= 1e-5
-    assert fast[0]._prepared_shape[-1] == 32
-    assert fast[0]._winograd is not None
+    assert fast[0]._prepared.shape[-1] == 32
+    assert fast[0]._prepared.winograd is not None
 
 
 @torch.no_grad()

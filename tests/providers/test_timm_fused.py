@@ -11,6 +11,7 @@ from timm.layers.drop import DropBlock2d, DropPath
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from backbone import FrozenBatchNorm2d, freeze_norms, optimize_for_inference
 from backbone.providers.timm import fused as timm_fused
@@ -123,37 +124,37 @@ def test_trainable_norms_learn_as_timms(model: str) -> None:
         assert torch.equal(ours.state_dict()[name], value), name
 
 
+def num_relus(network: nn.Module, images: Tensor) -> int:
+    """How many ReLUs ran as operations of their own."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        network(images)
+    counts = {event.key: event.count for event in seen.key_averages()}
+    return int(counts.get("aten::relu", 0) + counts.get("aten::relu_", 0))
+
+
 @pytest.mark.parametrize("model", ["resnet50", "regnetx_002", "regnety_002"])
-def test_inference_copy_adds_and_rectifies_in_the_convolution(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, timms = pair(model)
+def test_inference_copy_adds_and_rectifies_in_the_convolution(model: str) -> None:
+    ours, timms = (network.float().eval() for network in pair(model))
     fast: Any = optimize_for_inference(ours)
-    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    for name, expected in timms.eval()(images).items():
-        assert relative_error(fast(images)[name], expected) <= 1e-10
-    calls = 0
-
-    def counted(self: nn.ReLU, x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return x.relu()
-
-    monkeypatch.setattr(nn.ReLU, "forward", counted)
-    fast(images)
+    images = torch.randn(1, 3, 64, 64)
+    for name, expected in timms(images).items():
+        assert relative_error(fast(images)[name], expected) <= 1e-5
     in_attention = sum(name.endswith("se.act") for name, _ in fast.named_modules())
-    assert calls - in_attention == (1 if model == "resnet50" else 0)  # the stem's
+    assert num_relus(fast, images) - in_attention == (1 if model == "resnet50" else 0)  # the stem's
 
 
-def test_activation_of_a_norm_in_a_sequence_joins_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_of_a_norm_in_a_sequence_joins_the_convolution() -> None:
     network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), BatchNormAct2d(8))).eval()
     randomise_norms(network)
+    network.requires_grad_(False)
     images = torch.randn(2, 3, 8, 8)
     expected = network(images)
     timm_fused.fuse(network)
     freeze_norms(network)
     folded = optimize_for_inference(network)
-    monkeypatch.setattr(nn.ReLU, "forward", None)  # not to be called
     for fast in (network, folded):
         assert relative_error(fast(images), expected) <= 1e-5
+        assert num_relus(fast, images) == 0
 
 
 def test_drop_path_drops_in_training_only() -> None:
@@ -164,7 +165,7 @@ def test_drop_path_drops_in_training_only() -> None:
     assert 0 < dropped.sum() < len(x)
 
 
-@pytest.mark.parametrize("path", ["layer1.1.act2", "layer1.1.conv1", "layer1.1", "layer1.1.bn2", "layer2.1.act1"])
+@pytest.mark.parametrize("path", ["layer1.1.act2", "layer1.1.conv1", "layer1.1", "layer2.1.act1"])
 def test_what_a_hook_keeps_of_a_resnet_is_not_overwritten(path: str) -> None:
     hook_keeps_what_it_saw("resnet18", path)
 

@@ -4,15 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbone.config import BackboneConfig, NormName
-from backbone.engine.operation import blocks_in_row
-from backbone.engine.stem import stem
+from backbone.engine import register_pairs, register_sequence, run_blocks, stem
 from backbone.features import Backbone, Features, FeatureSpec, require_images
 from backbone.norm import NormLayer, norm_layer
 from backbone.providers.resnet.blocks import BasicBlock, Bottleneck, Conv3x3
@@ -73,10 +72,13 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
         if not self.recompute or not torch.is_grad_enabled():
-            return blocks_in_row(self, (BasicBlock, Bottleneck), x)
+            return run_blocks(self, x)
         for block in self:
             x = _recomputed(block, x)
         return x
+
+
+register_sequence(Stage)
 
 
 class ResNet(Backbone):
@@ -102,8 +104,6 @@ class ResNet(Backbone):
         ValueError: If a setting cannot be honoured: an ``output_stride`` out of range, or ``stride_in_1x1`` in
             a network of BasicBlocks, which have no 1x1.
     """
-
-    conv_norm_pairs: ClassVar = (("conv1", "bn1"),)
 
     def __init__(
         self,
@@ -136,8 +136,9 @@ class ResNet(Backbone):
         channels = variant.stem_channels
         self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(channels)
+        self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.stage_modules: dict[str, tuple[str, ...]] = {"stem": ("conv1", "bn1", "maxpool")}
+        self.stage_modules: dict[str, tuple[str, ...]] = {"stem": ("conv1", "bn1", "relu", "maxpool")}
         plans = plan_stages(output_stride, dilate_first_block=dilate_first_block)
         last = len(plans) if num_classes is not None else max(map(STAGE_NAMES.index, out_features))
         for number, plan in enumerate(plans[:last]):
@@ -160,7 +161,9 @@ class ResNet(Backbone):
         Channels are those of the bottleneck networks; resnet18 and resnet34 have a quarter.
         """
         require_images(images, self.in_channels)
-        x = stem(images, self.conv1, self.bn1, self.maxpool)
+        x = stem(images, self.conv1, self.bn1, self.relu, self.maxpool)
+        if x is None:
+            x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features: Features = {}
         for name, paths in self.stage_modules.items():
             if name != "stem":
@@ -188,6 +191,9 @@ class ResNet(Backbone):
                 nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
 
+register_pairs(ResNet, ("conv1", "bn1"))
+
+
 def _blocks(
     variant: Variant,
     number: int,
@@ -203,22 +209,22 @@ def _blocks(
     for index in range(variant.depths[number]):
         stride, first_dilation = (plan.stride, plan.first_dilation) if index == 0 else (1, plan.dilation)
         if issubclass(variant.block, BasicBlock):
-            blocks.append(variant.block(in_channels, out_channels, stride, first_dilation, plan.dilation, norm))
+            dilations = {"first_dilation": first_dilation, "dilation": plan.dilation}
+            blocks.append(variant.block(in_channels, out_channels, norm=norm, stride=stride, **dilations))
         else:
             width = variant.groups * (variant.width_per_group << number)
-            blocks.append(
-                variant.block(
-                    in_channels,
-                    width,
-                    out_channels,
-                    stride,
-                    first_dilation,
-                    variant.groups,
-                    stride_in_1x1,
-                    norm,
-                    make_conv3x3,
-                )
+            block = variant.block(
+                in_channels,
+                width,
+                out_channels,
+                norm=norm,
+                stride=stride,
+                dilation=first_dilation,
+                groups=variant.groups,
+                stride_in_1x1=stride_in_1x1,
+                make_conv3x3=make_conv3x3,
             )
+            blocks.append(block)
         in_channels = out_channels
     return blocks
 

@@ -1,11 +1,10 @@
-"""timm's residual blocks and convolution-norm-activation units on our fused operations (fused.py).
+"""timm's residual blocks and convolution-norm-activation units on the engine.
 
-The classes are timm's own with another ``forward``: parameters, names and results stay what they were. What more a
-block has (attention, blurring, activations other than ReLU, drop layers at work) stays with timm's ``forward``.
+The classes are timm's own; their ``forward`` asks the engine first and is timm's otherwise. Parameters, names and
+results stay what they were. What more a block has (attention, blurring, activations other than ReLU, drop layers at
+work) stays with timm's ``forward``.
 """
 
-import itertools
-from collections import deque
 from typing import Final
 
 from timm.layers.conv_bn_act import ConvNormAct
@@ -13,14 +12,20 @@ from timm.layers.drop import DropBlock2d, DropPath
 from timm.models import regnet, resnet
 from torch import Tensor, nn
 
-from backbone.engine.calls import is_watched
-from backbone.engine.folded import FoldedConv2d
-from backbone.engine.operation import blocks_in_row, conv_norm_act, residual_block
-from backbone.norm import FrozenBatchNorm2d
+from backbone.engine import (
+    Parts,
+    conv_norm_act,
+    has_hook,
+    register_block,
+    register_pairs,
+    register_sequence,
+    residual_block,
+    run_blocks,
+)
 
 
 def fuse(network: nn.Module) -> None:
-    """Let the stages, blocks and units in ``network`` that timm shares between families run as fused operations."""
+    """Let the stages, blocks and units in ``network`` that timm shares between families ask the engine."""
     for module in network.modules():
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
@@ -35,41 +40,33 @@ def fuse(network: nn.Module) -> None:
 class FusedBasicBlock(resnet.BasicBlock):
     """timm's BasicBlock: convolutions, norms, shortcut and ReLUs are one operation."""
 
-    downsample: nn.Sequential | None
-
-    def forward(self, x: Tensor, *, reuse_input: bool = False) -> Tensor:
-        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), sizes round up."""
-        if not _are_relus(self.act1, self.act2) or not _rest(self.drop_block, self.aa, self.se, self.drop_path):
-            return super().forward(x)
-        layers = ((self.conv1, self.bn1), (self.conv2, self.bn2))
-        return residual_block(x, layers, self.downsample, reuse_input=reuse_input)
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
+        out = residual_block(self, x)
+        return super().forward(x) if out is None else out
 
 
 class FusedBottleneck(resnet.Bottleneck):
     """timm's Bottleneck: convolutions, norms, shortcut and ReLUs are one operation."""
 
-    downsample: nn.Sequential | None
-
-    def forward(self, x: Tensor, *, reuse_input: bool = False) -> Tensor:
-        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), sizes round up."""
-        relus = _are_relus(self.act1, self.act2, self.act3)
-        if not relus or not _rest(self.drop_block, self.aa, self.se, self.drop_path):
-            return super().forward(x)
-        layers = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
-        return residual_block(x, layers, self.downsample, reuse_input=reuse_input)
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
+        out = residual_block(self, x)
+        return super().forward(x) if out is None else out
 
 
 class FusedRegNetBottleneck(regnet.Bottleneck):
     """RegNet's bottleneck: the last convolution, its norm, the shortcut and the ReLU are one operation."""
 
-    def forward(self, x: Tensor, *, reuse_input: bool = False) -> Tensor:
-        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride), sizes round up."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
         last, shortcut = self.conv3, self.downsample
-        if shortcut is None or is_watched(last) or not _are_relus(self.act3) or not _rest(last.aa, self.drop_path):
+        if shortcut is None or has_hook(last) or not are_idle(last.aa, self.drop_path):
             return super().forward(x)
-        out = self.se(self.conv2(self.conv1(x)))
-        reuse = reuse_input and isinstance(shortcut, nn.Identity)
-        return conv_norm_act(out, last.conv, last.bn, shortcut(x), reuse_residual=reuse)
+        features, residual = self.se(self.conv2(self.conv1(x))), shortcut(x)
+        is_new = not isinstance(shortcut, nn.Identity) and not has_hook(shortcut)
+        out = conv_norm_act(features, last.conv, last.bn, residual, self.act3, reuse_residual=is_new)
+        return self.act3(self.conv3(features) + residual) if out is None else out
 
 
 class FusedConvNormAct(ConvNormAct):
@@ -77,7 +74,9 @@ class FusedConvNormAct(ConvNormAct):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
-        out = conv_norm_act(x, self.conv, self.bn, relu=False)  # the norm has the activation
+        out = conv_norm_act(x, self.conv, self.bn)  # the norm has the activation
+        if out is None:
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         return out if self.aa is None else self.aa(out)
 
 
@@ -86,7 +85,7 @@ class FusedStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
-        return blocks_in_row(self, (FusedBasicBlock, FusedBottleneck), x)
+        return run_blocks(self, x)
 
 
 class FusedRegStage(regnet.RegStage):
@@ -96,33 +95,23 @@ class FusedRegStage(regnet.RegStage):
         """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
         if self.grad_checkpointing:
             return super().forward(x)
-        return blocks_in_row(self.children(), (FusedRegNetBottleneck,), x)
+        return run_blocks(self.children(), x)
 
 
 class FusedLayers(nn.Sequential):
     """The layers of a shortcut or a stem: a convolution, norm and ReLU in a row are one operation."""
 
-    @property
-    def conv_norm_pairs(self) -> list[tuple[str, str]]:
-        """The names of all neighbours: where they are a convolution and its norm, they may be folded."""
-        return list(itertools.pairwise(self._modules))
-
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
-        layers = deque(self)
+        layers = list(self)
         while layers:
-            layer = layers.popleft()
-            follower = layers[0] if layers else None
-            if isinstance(layer, FoldedConv2d) or (
-                isinstance(layer, nn.Conv2d) and isinstance(follower, FrozenBatchNorm2d)
-            ):
-                norm = layers.popleft() if layers else nn.Identity()
-                relu = bool(layers) and _are_relus(layers[0])
-                x = conv_norm_act(x, layer, norm, relu=relu)
-                if relu:
-                    layers.popleft()
-            else:
-                x = layer(x)
+            conv, *following = layers
+            act = following[1] if len(following) > 1 and type(following[1]) is nn.ReLU else None
+            out = None
+            if isinstance(conv, nn.Conv2d) and following:
+                out = conv_norm_act(x, conv, following[0], act=act)
+            num_done = 1 if out is None else 2 if act is None else 3
+            x, layers = (conv(x) if out is None else out), layers[num_done:]
         return x
 
 
@@ -136,15 +125,39 @@ FUSED: Final[dict[type[nn.Module], type[nn.Module]]] = {
 """timm's classes and what they become; of a Sequential its children decide."""
 
 
-def _are_relus(*activations: nn.Module) -> bool:
-    return all(type(activation) is nn.ReLU and not is_watched(activation) for activation in activations)
-
-
-def _rest(*modules: nn.Module | None) -> bool:
+def are_idle(*modules: nn.Module | None) -> bool:
     """Whether these modules do nothing now, and nobody watches them."""
-    return all(module is None or (is_idle(module) and not is_watched(module)) for module in modules)
+    return all(module is None or (is_idle(module) and not has_hook(module)) for module in modules)
 
 
 def is_idle(module: nn.Module) -> bool:
     """Whether a drop layer passes on what it gets."""
-    return type(module) is nn.Identity or (isinstance(module, DropPath | DropBlock2d) and not module.training)
+    return type(module) is nn.Identity or (type(module) in (DropPath, DropBlock2d) and not module.training)
+
+
+def _basic_parts(block: FusedBasicBlock) -> Parts | None:
+    if not are_idle(block.drop_block, block.aa, block.se, block.drop_path):
+        return None
+    return Parts(((block.conv1, block.bn1), (block.conv2, block.bn2)), (block.act1, block.act2), block.downsample)
+
+
+def _bottleneck_parts(block: FusedBottleneck) -> Parts | None:
+    if not are_idle(block.drop_block, block.aa, block.se, block.drop_path):
+        return None
+    layers = (block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)
+    return Parts(layers, (block.act1, block.act2, block.act3), block.downsample)
+
+
+register_block(FusedBasicBlock, _basic_parts)
+register_block(FusedBottleneck, _bottleneck_parts)
+_BASIC: Final = (("conv1", "bn1"), ("conv2", "bn2"))
+_BOTTLENECK: Final = (*_BASIC, ("conv3", "bn3"))
+register_pairs(resnet.ResNet, ("conv1", "bn1"))
+register_pairs(resnet.BasicBlock, *_BASIC)
+register_pairs(FusedBasicBlock, *_BASIC)
+register_pairs(resnet.Bottleneck, *_BOTTLENECK)
+register_pairs(FusedBottleneck, *_BOTTLENECK)
+register_pairs(ConvNormAct, ("conv", "bn"))
+register_pairs(FusedConvNormAct, ("conv", "bn"))
+register_sequence(FusedStage)
+register_sequence(FusedLayers)

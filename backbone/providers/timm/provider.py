@@ -7,10 +7,8 @@ from typing import Any, Final
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.conv_bn_act import ConvNormAct
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from backbone.config import BackboneConfig, NormName, did_you_mean
@@ -25,13 +23,6 @@ from backbone.stages import STAGE_NAMES
 
 PREFIX: Final = "timm/"
 MAX_REASON: Final = 500  # letters of what timm says; torch names every key that does not fit
-CONV_NORM_PAIRS: Final[dict[type[nn.Module], tuple[tuple[str, str], ...]]] = {
-    ResNet: (("conv1", "bn1"),),
-    BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
-    Bottleneck: (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
-    ConvNormAct: (("conv", "bn"),),
-}
-"""timm's modules whose norms directly follow convolutions, for ``optimize_for_inference`` to fold them."""
 
 
 def names() -> list[str]:
@@ -144,9 +135,6 @@ class TimmBackbone(Backbone):
         timm_plan.drop(network, plan.division.unused)
         self._pretrained_cfg = network.pretrained_cfg
         self.network = _with_norms(network, norm, model)
-        for module in self.network.modules():
-            if type(module) in CONV_NORM_PAIRS:
-                module.conv_norm_pairs = CONV_NORM_PAIRS[type(module)]  # type: ignore[assignment]
         timm_fused.fuse(self.network)
         self.pyramid: SimplePyramid | None = None
         if plan.is_plain_vit:
@@ -252,7 +240,6 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
 register_frozen_form(BatchNormAct2d, FrozenBatchNormAct2d)
 register_frozen_form(SyncBatchNormAct, FrozenBatchNormAct2d)
-register_frozen_form(nn.BatchNorm1d, FrozenBatchNorm2d)  # some transformers have it on tokens
 
 
 def _with_norms(network: nn.Module, norm: NormName, model: str) -> nn.Module:

@@ -1,0 +1,86 @@
+"""The classes whose ``forward`` the engine knows, each by its exact type: a subclass may compute something else."""
+
+import itertools
+from collections.abc import Callable
+from typing import Final, NamedTuple, TypeAlias, TypeVar
+
+from torch import nn
+
+from backbone.engine.calls import has_hook
+
+Layer: TypeAlias = tuple[nn.Module, nn.Module]
+"""A convolution and its norm."""
+
+
+class Parts(NamedTuple):
+    """What a residual block consists of.
+
+    Attributes:
+        layers: The branch: convolutions and their norms, in order.
+        activations: What follows each layer; the last one follows the sum with the shortcut.
+        shortcut: What makes the shortcut of the input; None where it is the input itself.
+    """
+
+    layers: tuple[Layer, ...]
+    activations: tuple[nn.Module, ...]
+    shortcut: nn.Module | None
+
+
+Block = TypeVar("Block", bound=nn.Module)
+_blocks: dict[type[nn.Module], Callable[[nn.Module], Parts | None]] = {}
+_pairs: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {}
+_sequences: Final[set[type[nn.Module]]] = {nn.Sequential}
+
+
+def register_block(cls: type[Block], parts: Callable[[Block], Parts | None]) -> None:
+    """Let the engine stand in for residual blocks of exactly the class ``cls``.
+
+    Args:
+        cls: A block whose ``forward`` computes ``relu(layers(x) + shortcut(x))`` of its parts, and nothing else.
+        parts: Returns them; None where something else in the block is at work.
+    """
+    _blocks[cls] = parts  # type: ignore[assignment]
+
+
+def register_pairs(cls: type[nn.Module], *pairs: tuple[str, str]) -> None:
+    """Let inference copies fold norms in modules of exactly the class ``cls``.
+
+    Args:
+        cls: A class in whose ``forward`` each of these norms takes its convolution's output, which nothing else does.
+        pairs: The names of the convolutions and their norms.
+    """
+    _pairs[cls] = pairs
+
+
+def register_sequence(cls: type[nn.Module]) -> None:
+    """Say that calling a module of exactly the class ``cls`` is calling its children one after the other."""
+    _sequences.add(cls)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether ``module`` is of exactly a registered class, and nobody watches or replaces its ``forward``."""
+    return type(module) in _blocks and not has_hook(module)
+
+
+def parts_of(block: nn.Module) -> Parts | None:
+    """Return the parts of a block of a registered class or a subclass; None where something else is at work."""
+    return next(_blocks[cls] for cls in type(block).__mro__ if cls in _blocks)(block)
+
+
+def pairs_of(module: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of the convolutions and norms that follow each other in ``module``, as far as is known."""
+    if "forward" in module.__dict__:
+        return []
+    if runs_in_order(module):
+        return list(itertools.pairwise(module._modules))
+    return list(_pairs.get(type(module), ()))
+
+
+def runs_in_order(layers: nn.Module) -> bool:
+    """Whether calling ``layers`` is calling its children one after the other, and nothing else."""
+    cls = type(layers)
+    is_plain = issubclass(cls, nn.Sequential) and (cls.forward, cls.__iter__) == _PLAIN_SEQUENCE
+    return (cls in _sequences or is_plain) and "forward" not in layers.__dict__
+
+
+_PLAIN_SEQUENCE: Final = nn.Sequential.forward, nn.Sequential.__iter__
