@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Self, TypeAlias, TypeGuard
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from backbone.config import GN_GROUPS, NormName
@@ -74,9 +75,8 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, ...), of any number of dimensions -> the same shape and dtype, also under autocast."""
-        ones = (1,) * (x.ndim - 2)
-        scale, shift = (constant.to(x.dtype).view(-1, *ones) for constant in self.scale_and_shift())
-        return torch.addcmul(shift, x, scale)
+        scale, shift = self.scale_and_shift()
+        return torch.addcmul(_for_channels(shift, x), x, _for_channels(scale, x))
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the children and, as ``thawed``, the layer this one would thaw to, with the same parameters.
@@ -135,6 +135,12 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "derived": {}}  # a copy or a pickle starts afresh
+
+
+@torch.fx.wrap  # the number of dimensions is not known in a trace
+def _for_channels(constant: Tensor, x: Tensor) -> Tensor:
+    """(C,) -> (C, 1, ...) in the dtype of ``x``, one dimension for each of (C, ...) of ``x``."""
+    return constant.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
 
 
 _OWN: Final = ("thawed_class", "built_frozen", "derived")
@@ -237,7 +243,8 @@ def require_freezable(module: nn.Module, path: str = "") -> None:
         ):
             raise ValueError(
                 f"only a BatchNorm1d, BatchNorm2d or SyncBatchNorm with running statistics and affine parameters "
-                f"can be frozen, got {child!r} at {name or 'the top'!r}; replace it, or remove its parametrization"
+                f"can be frozen, got {_one_line(child)} at {name or 'the top'!r}; replace it, or remove what "
+                f"parametrizes it"
             )
 
 
@@ -285,9 +292,13 @@ def require_thawable(norms: dict[str, FrozenBatchNorm2d]) -> None:
     for path, norm in norms.items():
         if not is_frozen_form(norm):
             raise ValueError(
-                f"only a FrozenBatchNorm2d known to stand for a batch norm can be thawed, got {norm!r} of class "
-                f"{type(norm).__name__} at {path or 'the top'!r}; remove its parametrization or replace it"
+                f"only a FrozenBatchNorm2d known to stand for a batch norm can be thawed, got {_one_line(norm)} "
+                f"at {path or 'the top'!r}; remove its parametrization or replace it"
             )
+
+
+def _one_line(norm: nn.Module) -> str:
+    return f"{type(norm).__name__}({norm.extra_repr()})"
 
 
 def _set_trainable(norm: nn.Module, trainable: bool) -> None:

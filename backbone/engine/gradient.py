@@ -16,7 +16,7 @@ from backbone.engine.cached import unless_changed
 from backbone.engine.calls import is_transformed
 from backbone.engine.kernels import Geometry, conv_bias_act
 from backbone.engine.products import conv_backward, convolve
-from backbone.engine.torch_internals import convolution_backward, threshold_backward
+from backbone.engine.torch_internals import convolution_backward, is_batched, threshold_backward
 from backbone.norm import FrozenBatchNorm2d
 
 CONSTANTS: Final = "scales and shifts"
@@ -108,7 +108,7 @@ class _FoldedLayers(torch.autograd.Function):
         saved = ctx.saved_tensors
         weights, inputs, out = saved[:count], saved[count:-1], saved[-1]
         scales = ctx.constants[:count]
-        if torch.is_grad_enabled() or is_transformed():
+        if torch.is_grad_enabled() or is_transformed() or is_batched(grad):
             first, second, *others = _plain_backward(plan, ctx.constants, inputs[0], weights, out, grad)
             return None, None, first, second if needs_residual else None, *others
         layout = _memory_format(inputs[0])

@@ -105,6 +105,11 @@ def is_transformed() -> bool:
     return bool(_calls["_are_functorch_transforms_active"]())
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is one of a batch of gradients (``is_grads_batched=True``), which no mode tells of."""
+    return bool(_calls["is_legacy_batchedtensor"](tensor))
+
+
 def is_forward_ad() -> bool:
     """Whether a level of forward-mode differentiation is open."""
     return bool(_calls["forward_ad"]._current_level >= 0)
@@ -150,10 +155,15 @@ def _calls_are_told_apart() -> bool:
     torch.func.vmap(look_for_transform)(zero)
     with torch.autograd.forward_ad.dual_level():
         seen.append(is_forward_ad())
+    with torch.enable_grad():
+        leaf = zero.clone().requires_grad_()
+        double = leaf * 2
+        leaf.register_hook(lambda grad: seen.append(is_batched(grad)))  # type: ignore[no-untyped-call]
+        torch.autograd.grad(double, leaf, torch.ones(2, 1, device="cpu"), is_grads_batched=True)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     seen.append(has_global_hook())
     handle.remove()
-    return len(seen) == 6 and all(seen) and _hooks_are_seen()  # noqa: PLR2004 (one for each question)
+    return len(seen) == 7 and all(seen) and _hooks_are_seen()  # noqa: PLR2004 (one for each question)
 
 
 def _hooks_are_seen() -> bool:
@@ -271,6 +281,7 @@ _told_apart = Path(
         "_C._len_torch_dispatch_stack",
         "_C._len_torch_function_stack",
         "_C._are_functorch_transforms_active",
+        "_C._functorch.is_legacy_batchedtensor",
         "overrides._get_current_function_mode_stack",
         "autograd.forward_ad",
         "nn.modules.module._has_any_global_hook",

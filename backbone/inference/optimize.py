@@ -76,7 +76,7 @@ def optimize_for_inference(
     """
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None, got {dtype}")
-    model = _without_graphs(copy.deepcopy(model).eval())
+    model = _without_graphs(_copied(model).eval())
     extractor = getattr(model, "backbone", None)
     if isinstance(extractor, nn.Module):
         extractor = model.backbone = _without_graphs(extractor)
@@ -99,6 +99,12 @@ def optimize_for_inference(
     model.optimization = Optimization(folded, prepared, kept, computes_in, len(layers))  # type: ignore[assignment]
     _log.info("%s: %s", type(model).__name__, model.optimization)
     return model
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy; of weights that a hook computes, as pruning does, the value copies."""
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
 
 
 def _without_graphs(module: nn.Module) -> nn.Module:
