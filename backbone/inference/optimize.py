@@ -13,6 +13,7 @@ from backbone.engine.folded import FoldedConv2d, QuickLinear
 from backbone.engine.known import pairs_of
 from backbone.inference.foreign_norms import frozen_eps, what_follows
 from backbone.inference.graphs import GraphedExtractor
+from backbone.inference.reparameterize import reparameterize
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, frozen_form, is_frozen_form
 
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,6 +83,7 @@ def optimize_for_inference(
         extractor = model.backbone = _without_graphs(extractor)
     else:
         extractor = model
+    reparameterize(model)
     folded = sum(_fold_norms(module, keep_weights) for module in list(model.modules()))
     prepared = _prepare(model, keep_weights)
     layers = [module for module in model.modules() if type(module) is nn.Linear]

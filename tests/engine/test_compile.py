@@ -1,5 +1,6 @@
 """torch.compile and torch.export see one graph and compute the same features."""
 
+import copy
 import shutil
 
 import pytest
@@ -70,3 +71,23 @@ def test_an_inference_copy_compiles() -> None:
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(compiled(images), model(images))
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
+def test_stages_that_recompute_compile_and_export_in_training_mode(norm: str) -> None:
+    model = build(norm=norm, checkpoint_stages=["c2"], out_features=["c2"]).train()
+    plain = copy.deepcopy(model)
+    images = torch.randn(2, 3, 32, 32)
+    losses = []
+    for network in (torch.compile(model, backend="aot_eager", fullgraph=True), plain):
+        losses.append(network(images)["c2"].square().mean())
+        losses[-1].backward()
+    assert relative_error(*losses) <= 1e-5
+    for (name, ours), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if reference.grad is not None:
+            assert ours.grad is not None
+            assert relative_error(ours.grad, reference.grad) <= 1e-4, name
+    for ours, reference in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, reference)
+    exported = torch.export.export(copy.deepcopy(plain), (images,)).module()
+    assert relative_error(exported(images)["c2"], plain(images)["c2"]) <= 1e-4

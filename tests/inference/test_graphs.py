@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import Mock
@@ -54,7 +56,8 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.devices: list[object] = []
         self.streams: list[object] = []
-        for name in ("Stream", "current_stream", "CUDAGraph"):
+        self.pools: list[object] = []
+        for name in ("Stream", "current_stream", "CUDAGraph", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, Mock())
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -68,7 +71,8 @@ class Recorder:
         self.devices.append(None)
 
     @contextlib.contextmanager
-    def graph(self, _graph: object, *, stream: object, capture_error_mode: str) -> Iterator[None]:
+    def graph(self, _graph: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        self.pools.append(pool)
         assert capture_error_mode == "thread_local"  # other threads may go on allocating
         assert self.devices[-1] is not None
         self.streams.append(stream)
@@ -115,3 +119,59 @@ def test_a_graph_captured_under_autocast_is_not_replayed_without(
         with torch.no_grad():
             model(images)
     assert len(recorder.streams) == 3
+
+
+def test_graphs_of_all_shapes_share_one_pool(recorder: Recorder) -> None:
+    model = GraphedExtractor(Doubling())
+    with torch.no_grad():
+        for size in (8, 16, 8):
+            model(torch.empty(1, 3, size, size, device="cuda"))
+    assert len(recorder.streams) == 2
+    assert recorder.pools == [torch.cuda.graph_pool_handle.return_value] * 2  # type: ignore[attr-defined]
+    assert torch.cuda.graph_pool_handle.call_count == 1  # type: ignore[attr-defined]
+
+
+class SlowReplay:
+    """Stands in for a graph on a device: it computes from what lies in its images while it is at work."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images, self.features = images.clone(), {"c2": images * 2}
+        self.graph = self
+
+    def replay(self) -> None:
+        half = self.images[:, :1] * 2
+        time.sleep(0.002)  # another thread would now write its images
+        self.features["c2"].copy_(torch.cat([half, self.images[:, 1:] * 2], 1))
+
+
+def test_four_threads_on_one_copy_never_mix_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    model: Any = GraphedExtractor(Doubling())
+    model._capture = SlowReplay
+    mixed = []
+
+    def serve(number: int) -> None:
+        for turn in range(20):
+            images = torch.full((1, 3, 4, 4), float(100 * number + turn))
+            with torch.no_grad():
+                mixed.append(not torch.equal(model._replayed(images)["c2"], images * 2))
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(mixed) == 80
+    assert not any(mixed)
+
+
+def test_a_stream_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Mock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    model: Any = GraphedExtractor(Doubling())
+    model._capture = SlowReplay
+    with torch.no_grad():
+        model._replayed(torch.ones(1, 3, 4, 4))
+        stream.wait_event.assert_not_called()
+        model._replayed(torch.ones(1, 3, 4, 4))
+    stream.wait_event.assert_called_once_with(stream.record_event.return_value)

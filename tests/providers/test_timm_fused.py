@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -260,3 +261,24 @@ def frozen_bottleneck(drop_path: nn.Module | None = None) -> Bottleneck:
 def timms_forward(block: Bottleneck, x: Tensor) -> Tensor:
     out: Tensor = Bottleneck.forward(block, x)
     return out
+
+
+REPARAMETERISED = ("fastvit_t8", "mobileone_s0", "repvit_m0_9", "repvgg_a0")
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
+@pytest.mark.parametrize("model", REPARAMETERISED)
+def test_timms_reparameterisation_is_right_before_and_after_optimising(model: str, norm: str) -> None:
+    from timm.utils import reparameterize_model
+
+    ours = build(f"timm/{model}", norm=norm, out_features=["c2", "c3"]).eval()
+    randomise_norms(ours)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = ours(images)
+    once = reparameterize_model(ours)
+    restored = pickle.loads(pickle.dumps(ours))
+    for network in (once, restored, optimize_for_inference(once), reparameterize_model(optimize_for_inference(ours))):
+        with torch.no_grad():
+            features = network(images)
+        assert all(relative_error(features[name], expected[name]) <= 1e-5 for name in expected)

@@ -22,6 +22,7 @@ from backbone.engine import (
     residual_block,
     run_blocks,
 )
+from backbone.norm import thaw_norms
 
 
 def fuse(network: nn.Module) -> None:
@@ -29,6 +30,8 @@ def fuse(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
+        elif hasattr(type(module), "reparameterize"):
+            module.__class__ = _thawing(type(module))
         elif type(module) is nn.Sequential:
             children = list(module)
             if any(type(child) in (resnet.BasicBlock, resnet.Bottleneck) for child in children):
@@ -78,6 +81,46 @@ class FusedConvNormAct(ConvNormAct):
         if out is None:
             return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         return out if self.aa is None else self.aa(out)
+
+
+class Thawing(nn.Module):
+    """A module of timm whose branches add up to one convolution: it thaws its norms first, for timm sums BatchNorm2d.
+
+    ``timm.utils.reparameterize_model`` calls it. Other than that the module is timm's own.
+    """
+
+    is_reparameterized = False
+
+    def reparameterize(self) -> None:
+        """Replace the branches by their sum, once."""
+        if self.is_reparameterized:
+            return
+        if any(isinstance(module, nn.Conv2d) and type(module).__name__ == "FoldedConv2d" for module in self.modules()):
+            raise ValueError(
+                f"{type(self).__name__} must be reparameterised before optimize_for_inference folds its norms, got a "
+                f"folded one; call timm.utils.reparameterize_model on the model itself"
+            )
+        thaw_norms(self)
+        super().reparameterize()  # type: ignore[misc]
+        self.is_reparameterized = True
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return _restored, (type(self).__mro__[2],), self.__getstate__()
+
+
+def _thawing(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of ``cls`` that is ``Thawing``, too."""
+    if cls not in _thawing_classes:
+        _thawing_classes[cls] = type(cls.__name__, (Thawing, cls), {})
+    return _thawing_classes[cls]
+
+
+_thawing_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _restored(cls: type[nn.Module]) -> nn.Module:
+    """Make an empty module of the subclass, whose name no pickle could find."""
+    return nn.Module.__new__(_thawing(cls))
 
 
 class FusedStage(nn.Sequential):
