@@ -19,7 +19,7 @@ def reparameterize(model: nn.Module) -> None:
     """
     if "timm" not in sys.modules:
         return
-    from timm.utils import reparameterize_model
+    from timm.utils.model import reparameterize_model
 
     able = [module for module in model.modules() if any(hasattr(module, name) for name in _METHODS)]
     if able and all(map(_is_timms, able)):
@@ -30,9 +30,6 @@ def reparameterize(model: nn.Module) -> None:
 def _is_timms(module: nn.Module) -> bool:
     """Whether timm's method can be called on ``module``, and nobody would notice."""
     of_timm = any(cls.__module__.startswith("timm.") for cls in type(module).__mro__)
-    once = not hasattr(module, "reparameterize") or hasattr(
-        module, "is_reparameterized"
-    )  # timm's own would do it twice
-    return (
-        of_timm and once and not has_hook_within(module) and all(frozen_eps(norm) is None for norm in module.modules())
-    )
+    is_once = not hasattr(module, "reparameterize") or hasattr(module, "is_reparameterized")  # timm's would do it again
+    has_known_norms = all(frozen_eps(norm) is None for norm in module.modules())
+    return of_timm and is_once and has_known_norms and not has_hook_within(module)

@@ -87,7 +87,7 @@ def test_stages_that_recompute_compile_and_export_in_training_mode(norm: str) ->
         if reference.grad is not None:
             assert ours.grad is not None
             assert relative_error(ours.grad, reference.grad) <= 1e-4, name
-    for ours, reference in zip(model.buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(ours, reference)
+    for buffer, expected in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
     exported = torch.export.export(copy.deepcopy(plain), (images,)).module()
     assert relative_error(exported(images)["c2"], plain(images)["c2"]) <= 1e-4

@@ -269,7 +269,7 @@ REPARAMETERISED = ("fastvit_t8", "mobileone_s0", "repvit_m0_9", "repvgg_a0")
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
 @pytest.mark.parametrize("model", REPARAMETERISED)
 def test_timms_reparameterisation_is_right_before_and_after_optimising(model: str, norm: str) -> None:
-    from timm.utils import reparameterize_model
+    from timm.utils.model import reparameterize_model
 
     ours = build(f"timm/{model}", norm=norm, out_features=["c2", "c3"]).eval()
     randomise_norms(ours)

@@ -105,7 +105,7 @@ class Thawing(nn.Module):
         self.is_reparameterized = True
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return _restored, (type(self).__mro__[2],), self.__getstate__()
+        return _restored, (type(self).__mro__[2],), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _thawing(cls: type[nn.Module]) -> type[nn.Module]:
