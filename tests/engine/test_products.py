@@ -24,18 +24,6 @@ GEOMETRIES = {
 }
 
 
-@pytest.fixture(params=[(1, 1, 1), (1, 2, 9), (2, 9, 7)], ids=str)  # large and small weights against activations
-def size(request: pytest.FixtureRequest) -> tuple[int, int, int]:
-    found: tuple[int, int, int] = request.param
-    return found
-
-
-@pytest.fixture(params=LIMITS, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    found: torch.dtype = request.param
-    return found
-
-
 def make(name: str, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Geometry]:
     """An input, a weight, a gradient of the output that is dense in no layout, and the geometry."""
     kernel, geometry = GEOMETRIES[name]
@@ -45,6 +33,8 @@ def make(name: str, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Ten
     return x, weight, torch.randn_like(output.repeat(1, 2, 1, 1))[:, ::2], geometry
 
 
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 2, 9), (2, 9, 7)], ids=str)  # large and small weights
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_values_equal_a_convolutions(name: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, weight, _, geometry = make(name, size, dtype)
@@ -53,11 +43,20 @@ def test_values_equal_a_convolutions(name: str, size: tuple[int, int, int], dtyp
     assert relative_error(actual.double(), F.conv2d(x.double(), weight.double(), None, *geometry)) <= LIMITS[dtype]
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["", "onto"])
-@pytest.mark.parametrize(("needs_x", "needs_weight"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("name", GEOMETRIES)
+NEEDS = ((True, True), (True, False), (False, True))
+SIZES = ((1, 1, 1), (1, 2, 9), (2, 9, 7))
+# Every geometry with every size and dtype, and every pair of these with what is needed and whether it is added.
+GRADIENTS = [
+    (name, size, dtype, *NEEDS[(i + j + k) % 3], (i + j) % 2 == 1)
+    for i, name in enumerate(GEOMETRIES)
+    for j, size in enumerate(SIZES)
+    for k, dtype in enumerate(LIMITS)
+]
+
+
+@pytest.mark.parametrize(("name", "size", "dtype", "needs_x", "needs_weight", "adds"), GRADIENTS, ids=str)
 def test_gradients_equal_autograds(
-    name: str, needs_x: bool, needs_weight: bool, adds: bool, size: tuple[int, int, int], dtype: torch.dtype
+    name: str, size: tuple[int, int, int], dtype: torch.dtype, needs_x: bool, needs_weight: bool, adds: bool
 ) -> None:
     x, weight, grad, geometry = make(name, size, dtype)
     onto = torch.randn_like(x) if adds else None

@@ -20,9 +20,20 @@ UNSUITED = {
 }
 
 
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("size", [(1, 1, 1), (1, 8, 12), (2, 13, 7), (1, 30, 41), (2, 50, 70)])  # the last in bands
-@pytest.mark.parametrize(("channels_in", "channels_out"), [(128, 128), (256, 128), (512, 512)])
+@pytest.mark.parametrize(
+    ("channels_in", "channels_out", "size", "relu"),
+    [
+        (128, 128, (1, 1, 1), True),
+        (256, 128, (1, 1, 1), False),
+        (128, 128, (1, 8, 12), False),
+        (256, 128, (2, 13, 7), True),
+        (512, 512, (2, 13, 7), False),
+        (256, 128, (1, 30, 41), True),
+        (128, 128, (2, 50, 70), True),  # in bands
+        (256, 128, (2, 50, 70), False),
+    ],
+    ids=str,
+)
 def test_it_equals_the_direct_convolution(
     channels_in: int, channels_out: int, size: tuple[int, int, int], relu: bool
 ) -> None:
