@@ -213,9 +213,7 @@ def _wanted(config: DetectorConfig | None, annotations: list[Any]) -> Wanted:
     return Wanted(keypoints=config.num_keypoints)
 
 
-def _usable_objects(
-    found: Annotations, objects: Objects, records: list[Any], track: Track
-) -> Iterator[dict[str, Any]]:
+def _usable_objects(found: Annotations, objects: Objects, records: list[Any], track: Track) -> Iterator[dict[str, Any]]:
     for place, record in enumerate(track(records, f"annotations of {found.file.stem}")):
         title = f"number {place} of annotations"
         try:
@@ -231,8 +229,8 @@ def _usable_objects(
         except Unusable as why:
             found.skip(title, why)
             continue
-        for part, why in objects.parts:
-            found.skip(f"{part} of {title}", why)
+        for part, problem in objects.parts:
+            found.skip(f"{part} of {title}", problem)
         yield made
 
 

@@ -11,9 +11,9 @@ LISTS: Final = ("images", "annotations", "categories")
 _LOOKED_AT: Final = 200  # files of a folder, to recognise another format
 
 _OTHER_FORMATS: Final = {
-    "Pascal VOC's XML": "supervision.DetectionDataset.from_pascal_voc(...).as_coco(...), from `pip install supervision`",
+    "Pascal VOC's XML": "`pip install supervision`, then supervision.DetectionDataset.from_pascal_voc().as_coco()",
     "LabelMe's JSON": "`pip install labelme2coco`, then labelme2coco.convert(FOLDER, OUT)",
-    "YOLO's text": "supervision.DetectionDataset.from_yolo(...).as_coco(...), from `pip install supervision`",
+    "YOLO's text": "`pip install supervision`, then supervision.DetectionDataset.from_yolo().as_coco()",
 }
 
 

@@ -1,7 +1,7 @@
 """Masks of COCO's format, checked by their numbers before anything is drawn from them.
 
-pycocotools' C code trusts what it gets: counts that do not sum to the image, or a NaN among coordinates, keep it busy for
-ever, and a far coordinate takes all memory.
+pycocotools' C code trusts what it gets: counts that do not sum to the image, or a NaN among coordinates, keep it busy
+for ever, and a far coordinate takes all memory.
 """
 
 from itertools import pairwise
@@ -93,7 +93,9 @@ def _boundary(polygon: object, size: tuple[int, int], budget: float) -> float:
     if length > budget:
         length = _length(columns, rows)
     if length > budget:
-        detail = f"outlines must pass through at most {MAX_BOUNDARY} pixels, a polygon of {len(columns)} points passes on"
+        detail = (
+            f"outlines must pass through at most {MAX_BOUNDARY} pixels, a polygon of {len(columns)} points passes on"
+        )
         raise Unusable("polygon of an endless outline", detail, "clip it to its image, or make an RLE of the mask")
     return float(length)
 
@@ -142,8 +144,8 @@ def _problem_of(counts: list[int] | None, area: int) -> str | None:
 def _decoded(text: str) -> list[int] | None:
     """Return the counts of pycocotools' compressed string; None if it is none.
 
-    Each count is written in groups of five bits, the lowest first, with a sixth bit where another group follows; from the
-    fourth count on it is the difference to the count before the last.
+    Each count is written in groups of five bits, the lowest first, with a sixth bit where another group follows.
+    From the fourth on it is the difference to the count before the last.
     """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64)

@@ -116,7 +116,7 @@ def _nothing(coco: COCO) -> COCO:
 
 
 def _sigmas(coco: COCO, of_coco: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    count = max(len(annotation["keypoints"]) // 3 for annotation in coco.anns.values())
+    count = max((len(annotation["keypoints"]) // 3 for annotation in coco.anns.values()), default=NUM_COCO_KEYPOINTS)
     return of_coco if count == NUM_COCO_KEYPOINTS else np.full(count, OTHER_SIGMA)
 
 

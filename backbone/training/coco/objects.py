@@ -168,7 +168,7 @@ def usable_keypoints(points: object, count: int | None) -> list[float]:
         Unusable: If they are none, or of another number than ``count``.
     """
     if points is None or points == []:
-        return [0] * 3 * (count or 0)
+        return [0.0] * 3 * (count or 0)
     remedy = "write x, y and visibility (0, 1 or 2) of each keypoint in one flat list"
     if not isinstance(points, list):
         detail = f"keypoints must be a flat list of numbers, got {shown(points)}"

@@ -87,7 +87,8 @@ def are_numbers(values: Sequence[Any]) -> bool:
     """Whether all are; quick, for there are millions of them."""
     if not set(map(type, values)) <= {int, float}:
         return False
-    return all([-MAX_COORDINATE <= value <= MAX_COORDINATE for value in values])  # NaN is not
+    within = [-MAX_COORDINATE <= value <= MAX_COORDINATE for value in values]  # NaN is not
+    return False not in within
 
 
 def usable_id(value: object, what: str) -> int | str:
@@ -99,7 +100,7 @@ def usable_id(value: object, what: str) -> int | str:
     if type(value) is float and value.is_integer() and abs(value) <= MAX_ID:
         return int(value)
     if type(value) is int or (isinstance(value, str) and value):
-        return value  # type: ignore[return-value]
+        return value
     raise Unusable(f"{what} is no id", f"{what} must be an integer or a string, got {shown(value)}")
 
 

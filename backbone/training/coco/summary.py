@@ -57,6 +57,9 @@ def save_skipped(skipped: Mapping[Path, Sequence[Skipped]], path: Path) -> bool:
     text = io.StringIO()
     csv.writer(text).writerows([COLUMNS, *rows])
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = text.getvalue().encode("utf-8", "backslashreplace")
-    write_atomically(path, lambda draft: None if draft.write_bytes(content) else None)
+
+    def write(draft: Path) -> None:
+        draft.write_bytes(text.getvalue().encode("utf-8", "backslashreplace"))
+
+    write_atomically(path, write)
     return True

@@ -1,0 +1,30 @@
+"""What can be said of a recipe before the first step, and is no error."""
+
+import warnings
+
+from backbone.recipe import DetectorConfig, TrainConfig
+from backbone.training.parameter_groups import rate_factor
+
+
+def warn_if_frozen_at_random(config: DetectorConfig) -> None:
+    """Warn of what ``build_backbone`` cannot see: a schedule that freezes before anything was learned."""
+    frozen = (config.train.freeze_schedule or {0: 0})[0]
+    if frozen and config.backbone.weights is None:
+        warnings.warn(
+            f"{config.backbone.name}: the first {frozen} stages are frozen at random weights from epoch 0 on; set "
+            f"weights, or use a freeze_schedule that begins with {{0: 0}}",
+            stacklevel=2,
+        )
+
+
+def warm_up_note(train: TrainConfig, steps_per_epoch: int) -> str | None:
+    """Return a sentence where the warm-up is longer than the run, so that the learning rate is never reached."""
+    steps = train.epochs * steps_per_epoch
+    if train.warmup_steps < steps:
+        return None
+    reached = rate_factor(train.model_copy(update={"learning_rate_decay": "none"}), steps - 1, 0.0)
+    return (
+        f"note: warmup_steps {train.warmup_steps} is longer than the run of {steps} steps ({train.epochs} epochs of "
+        f"{steps_per_epoch}): the learning rate never passes {reached:.2f} of {train.learning_rate:g}; lower "
+        f"warmup_steps, or train for more epochs"
+    )
