@@ -25,8 +25,7 @@ from backbone.images import UnreadableImageError
 from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
 from backbone.training.advice import warm_up_note, warn_if_frozen_at_random
 from backbone.training.callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
-from backbone.training.coco.annotations import Annotations, read_annotations
-from backbone.training.coco.categories import labels_by_name
+from backbone.training.coco.annotations import read_annotations, require_same_categories
 from backbone.training.coco.data import CocoImages, make_loader
 from backbone.training.coco.summary import save_skipped
 from backbone.training.endings import EXIT_PICTURES, resumable, show
@@ -85,20 +84,6 @@ def save_results(
     }
     failed = show(steps)
     return [path for path in paths if path.name not in failed], failed
-
-
-def require_same_categories(splits: Mapping[str, Annotations]) -> None:
-    """Give every split the labels of the first, by the classes' names, whatever their order and ids.
-
-    Raises:
-        ValueError: If the splits have other classes.
-    """
-    first, *others = splits.values()
-    for second in others:
-        names = [sorted(each.class_names.values()) for each in (first, second)]
-        if names[0] != names[1]:
-            raise ValueError(f"train and val must have the same categories, got {names[0]} and {names[1]}")
-        second.labels = labels_by_name(second.content["categories"], first.class_names, second.file)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

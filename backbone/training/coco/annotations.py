@@ -310,3 +310,17 @@ def _check_keypoints(found: Annotations, config: DetectorConfig, records: list[A
             category.pop("keypoints", None)
     if not any(side in name for name in found.keypoint_names for side in ("left", "right")):
         found.notes.append(f"{found.file} names no left and right keypoints; a mirrored image keeps their order")
+
+
+def require_same_categories(splits: Mapping[str, Annotations]) -> None:
+    """Give every split the labels of the first, by the classes' names, whatever their order and ids.
+
+    Raises:
+        ValueError: If the splits have other classes.
+    """
+    first, *others = splits.values()
+    for second in others:
+        names = [sorted(each.class_names.values()) for each in (first, second)]
+        if names[0] != names[1]:
+            raise ValueError(f"train and val must have the same categories, got {names[0]} and {names[1]}")
+        second.labels = labels_by_name(second.content["categories"], first.class_names, second.file)
