@@ -16,7 +16,8 @@ DEPTHS: Final = (8, 12, 16, 32)
 """Bits that a gray value of an integer file may have been meant in; the fewest that hold the largest are taken."""
 
 _PNG_SIGNATURE_BYTES: Final = 8
-_UNSIGNED, _SAMPLE_FORMAT = 1, 339  # of TIFF
+_UNSIGNED = 1
+_WIDTH, _HEIGHT, _SAMPLE_FORMAT = 256, 257, 339  # tags of TIFF
 _said: set[str] = set()
 
 
@@ -74,7 +75,8 @@ def read_size(path: Path) -> tuple[tuple[int, int], bool, str]:
     try:
         with _opened(path) as file:
             sideways = _orientation(file, path) in SIDEWAYS
-            width, height = file.size
+            tags = getattr(file, "tag_v2", {})  # Pillow tells the size of a TIFF as it stands upright
+            width, height = (tags[_WIDTH], tags[_HEIGHT]) if {_WIDTH, _HEIGHT} <= set(tags) else file.size
             return ((height, width) if sideways else (width, height)), sideways, file.mode
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError, struct.error) as error:
         raise _named(path, reason_of(path, error)) from None

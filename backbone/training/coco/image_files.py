@@ -69,10 +69,9 @@ class ImageFiles:
         raise Unusable("image file is not there", f"{printable(str(path))}: {why}{also}{address}", _WHERE)
 
     def _candidates(self, name: str) -> list[str]:
-        forward = name.replace("\\", "/")
-        parts = [part for part in forward.split("/") if part != "."]
-        within = "/".join(parts[1:]) if parts[0] == self.folder.name and len(parts) > 1 else None
-        return list(dict.fromkeys([name, forward, *([within] if within else [])]))
+        parts = [part for part in name.replace("\\", "/").split("/") if part != "."]
+        within = "/".join(parts[1:]) if parts[:1] == [self.folder.name] else None
+        return list(dict.fromkeys([name, *filter(None, ("/".join(parts), within))]))
 
     def _compare(self, record: Record, number: int, size: tuple[int, int], *, turned: bool) -> None:
         """Hold the size that the record states, where it states one, against that of the file."""
