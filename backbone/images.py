@@ -56,7 +56,7 @@ def read_with_notes(path: Path) -> tuple[Image.Image, list[str]]:
     """
     try:
         with _opened(path) as file:
-            signed = getattr(file, "tag_v2", {}).get(_SAMPLE_FORMAT, _UNSIGNED) != _UNSIGNED
+            signed = _UNSIGNED not in getattr(file, "tag_v2", {}).get(_SAMPLE_FORMAT, (_UNSIGNED,))
             return _to_rgb(ImageOps.exif_transpose(file), signed=signed)
     except UnreadableImageError as error:
         raise _named(path, error.reason) from None
