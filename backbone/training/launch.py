@@ -91,5 +91,6 @@ _NOISE: Final = (
     ".*GPU available but not used",  # --device cpu says so
     ".*directory .* exists and is not empty",  # it holds the recipe
     ".*in eval mode at the start of training",  # the frozen stages are
+    ".*dirpath has changed",  # a run's folder may be moved
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own affair
 )

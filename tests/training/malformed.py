@@ -11,8 +11,10 @@ A small valid file is changed in one place; a letter says what must come of it:
 
 import copy
 import faulthandler
+import functools
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -286,21 +288,25 @@ def expected(content: Content, letter: str, place: str) -> Content | None:
 
 def cases() -> dict[str, tuple[str, str, Callable[[Content], Content], str]]:
     """Return detector, letter, change and place of each case, by its name."""
-    made = {}
+    made: dict[str, tuple[str, str, Callable[[Content], Content], str]] = {}
     for (detector, place), letters in ROWS.items():
         for (kind, value), letter in zip(VALUES.items(), letters, strict=True):
             if letter != ".":
-                made[f"{detector}: {place} {kind}"] = (
-                    detector, letter, lambda c, p=place, v=value: changed(c, p, v), place
-                )  # fmt: skip
-    for name, (detector, edit, letter) in SPECIAL.items():
-        made[name] = (detector, letter, lambda c, e=edit: (e(c), c)[1], name)
-    return made  # type: ignore[return-value]
+                edit = functools.partial(changed, place=place, value=value)
+                made[f"{detector}: {place} {kind}"] = detector, letter, edit, place
+    for name, (detector, special, letter) in SPECIAL.items():
+        made[name] = detector, letter, functools.partial(edited, edit=special), name
+    return made
+
+
+def edited(content: Content, edit: Callable[[Content], Any]) -> Content:
+    """Return a copy that was edited in place."""
+    content = copy.deepcopy(content)
+    edit(content)
+    return content
 
 
 def write_images(data: Path) -> None:
-    import os
-
     (data / "train").mkdir(parents=True)
     (data / "annotations").mkdir()
     for number in range(3):
@@ -363,7 +369,7 @@ def run(data: Path, log: Path) -> None:
             content = base(detector)
             wanted = expected(content, letter, place)
             signal.alarm(SECONDS)  # its default ends the process, wherever it hangs
-            came = outcome(data, change(copy.deepcopy(content)), detector)
+            came = outcome(data, change(content), detector)
             signal.alarm(0)
             told: dict[str, Any] = {key: came.get(key) for key in ("refused", "skipped", "AP", "summary")}
             told["same"] = None

@@ -79,7 +79,8 @@ class CocoMetrics:
 
     def _evaluate(self, kind: IouType, results: list[Result]) -> dict[str, float]:
         with contextlib.redirect_stdout(io.StringIO()):  # its own table has no classes
-            found = self.coco.loadRes(results) if results else _nothing(self.coco)
+            copies = [dict(result) for result in results]  # loadRes writes into what it is given
+            found = self.coco.loadRes(copies) if copies else _nothing(self.coco)
             evaluation = COCOeval(self.coco, found, kind)
             if kind == "keypoints":
                 evaluation.params.kpt_oks_sigmas = _sigmas(self.coco, evaluation.params.kpt_oks_sigmas)
