@@ -16,6 +16,7 @@ from backbone.training.run_folder import CHECKPOINT
 EXIT_PICTURES: Final = 1
 EXIT_INTERRUPTED: Final = 130  # as a shell reports SIGINT
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @contextmanager
@@ -31,9 +32,10 @@ def resumable(out: Path) -> Iterator[None]:
         say("interrupted", f"{what_is_left(out)}; go on with --resume")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in (*_FULL, *_UNWRITABLE):
             raise
-        say("error", f"{error.strerror or error}; {what_is_left(out)}; free some space and go on with --resume")
+        remedy = "free some space" if error.errno in _FULL else "make it writable"
+        say("error", f"{error.strerror or error}; {what_is_left(out)}; {remedy} and go on with --resume")
         raise typer.Exit(EXIT_USAGE) from None
 
 

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from backbone import FreezeSchedule
 from backbone.images import UnreadableImageError
 from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
-from backbone.training.advice import warm_up_note, warn_if_frozen_at_random
+from backbone.training.advice import data_notes, warm_up_note, warn_if_frozen_at_random
 from backbone.training.callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
 from backbone.training.coco.annotations import read_annotations, require_same_categories
 from backbone.training.coco.data import CocoImages, make_loader
@@ -110,6 +110,7 @@ def main(
         history = History(console, main_metric="mIoU" if recipe.detector in SEGMENTERS else "AP50")
         trainer = trainer_for(recipe, out, history, device, devices, num_nodes)
         run = RunFolder(out, recipe, resume=resume, is_first_process=trainer.is_global_zero)
+        notes = data_notes(run.facts, splits)
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         loaders = {split: make_loader(each, **ranks) for split, each in images.items()}
         class_names = splits["val"].class_names
@@ -127,7 +128,7 @@ def main(
             console.print("\n".join(each.summary() for each in splits.values()))
             run.begin(config, console)
             save_skipped({each.file: each.skipped for each in splits.values()}, out / "skipped.csv")
-            if note := warm_up_note(recipe.train, len(loaders["train"])):
+            for note in filter(None, [*notes, warm_up_note(recipe.train, len(loaders["train"]))]):
                 console.print(note)
         if not run.checkpoint:
             warn_if_frozen_at_random(recipe)

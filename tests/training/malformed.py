@@ -251,10 +251,14 @@ def base(detector: str) -> Content:
     }
 
 
+def path_of(place: str) -> list[Any]:
+    return [int(key) if key.isdecimal() else key for key in place.split()]
+
+
 def changed(content: Content, place: str, value: Any) -> Content:
     """Return a copy with another value in a place such as ``annotations 0 bbox 2``."""
     content = copy.deepcopy(content)
-    *path, last = [int(key) if key.isdecimal() else key for key in place.split()]
+    *path, last = path_of(place)
     target: Any = content
     for key in path:
         target = target[key]

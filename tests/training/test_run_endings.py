@@ -174,6 +174,20 @@ def test_a_run_goes_on_without_what_it_started_from(alone: tuple[Path, Path, Any
     assert set(facts.eps.values()) == {3e-4}
 
 
+def test_a_run_does_not_go_on_with_other_classes_and_tells_of_other_data(
+    alone: tuple[Path, Path, Any, str], data: Path, tmp_path: Path
+) -> None:
+    run, odd, settings, _ = alone
+    copy = copy_of(run, tmp_path / "run")
+    refused = train(settings, data, copy, "--resume")
+    assert refused.exit_code == 2
+    assert "the run learned 1 vehicle/car, 2 dog[/old]" in refused.stderr
+    fewer = renamed(odd, tmp_path / "fewer", lambda content: content["annotations"].pop())
+    told = train(settings, fewer, copy, "--resume")
+    assert told.exit_code == 0, told.output
+    assert f"note: {fewer / 'annotations' / 'train.json'} is not as it was when the run began" in told.stdout
+
+
 def test_the_backbone_alone_given_as_weights_is_named(alone: tuple[Path, Path, Any, str], tmp_path: Path) -> None:
     run, odd, settings, _ = alone
     result = invoke(evaluate, settings, odd, tmp_path / "e", "--weights", str(run / "backbone.pth"))
