@@ -39,7 +39,6 @@ class Objects:
     Attributes:
         images: The usable images by number.
         image_numbers: Number of each image by its id in the file, unusable ones included.
-        labels: Of each category's number.
         category_numbers: Number of each category by its id in the file.
         wanted: What the detector learns from.
         parts: What was left out of objects that are kept: which part, and why.
@@ -48,7 +47,6 @@ class Objects:
 
     images: Mapping[int, Record]
     image_numbers: Mapping[int | str, int]
-    labels: Mapping[int, int]
     category_numbers: Mapping[int | str, int]
     wanted: Wanted
     parts: list[tuple[str, Unusable]] = field(default_factory=list)
