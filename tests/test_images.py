@@ -173,3 +173,25 @@ def test_a_guess_that_was_told_of_elsewhere_is_not_said_again(tmp_path: Path) ->
     path = saved(tmp_path / "a.png", (RAMP * 4095).round().astype(np.uint16))
     images.say_no_more(images.read_with_notes(path)[1])
     read_image(path)  # warnings are errors here
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "tiff", "webp", "bmp"])
+def test_damaged_bytes_are_read_or_named_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    whole = saved(tmp_path / f"a.{kind}", COLOURS, **({"exif": exif} if kind in ("png", "jpeg") else {})).read_bytes()
+    chance = np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole[: chance.integers(1, len(whole) + 1)])
+        for place in chance.integers(0, len(damaged), 3):
+            damaged[place] = chance.integers(0, 256)
+        (tmp_path / f"a.{kind}").write_bytes(damaged)
+        for read in (read_image, read_size):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of some damage
+                try:
+                    read(tmp_path / f"a.{kind}")
+                except UnreadableImageError:
+                    num_refused += 1
+    assert num_refused > 20

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from backbone.hosts.torchvision import build_detector, unit_statistics
 from backbone.recipe import SEGMENTERS, DetectorConfig
+from backbone.training.coco.annotations import Annotations
 from backbone.training.coco.data import IGNORED, Batch, CocoImages, Target, padded
 from backbone.training.coco.metrics import CocoMetrics
 from backbone.training.facts import RUN_KEY, RunFacts, facts_of, metadata_of, read_run, rebuild_detector
@@ -39,7 +40,7 @@ class DetectionModule(L.LightningModule):
         validation: What is measured on; its metrics are logged as ``val/...``.
         class_names: Of the categories, by label.
         steps_per_epoch: Of one process.
-        fingerprints: Of the data, by split.
+        trained_on: The splits of the data, the first for training.
         facts: Of the run whose state will be loaded: what it started from is needed no more.
 
     Attributes:
@@ -54,7 +55,7 @@ class DetectionModule(L.LightningModule):
         class_names: Mapping[int, str],
         *,
         steps_per_epoch: int = 1,
-        fingerprints: Mapping[str, str] | None = None,
+        trained_on: Mapping[str, Annotations] | None = None,
         facts: RunFacts | None = None,
     ) -> None:
         super().__init__()
@@ -72,12 +73,13 @@ class DetectionModule(L.LightningModule):
             config.num_classes, average="none", ignore_index=IGNORED, zero_division=math.nan
         )
         self.metrics: dict[str, float] = {}
-        self._data = validation.labels, fingerprints or {}
+        self._labels = next(iter(trained_on.values())).labels if trained_on else validation.labels
+        self._fingerprints = {split: each.fingerprint for split, each in (trained_on or {}).items()}
 
     @property
     def facts(self) -> RunFacts:
         """What the trained weights need beside their tensors."""
-        return facts_of(self.detector, self.config, self.class_names, *self._data)
+        return facts_of(self.detector, self.config, self.class_names, self._labels, self._fingerprints)
 
     def forward(self, images: list[Tensor], targets: Sequence[Target] | None = None) -> Any:  # noqa: ANN401 - a dict or a list
         """Return losses by name in training; otherwise detections, or a segmenter's ``{"out": (N, classes, H, W)}``."""

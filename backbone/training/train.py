@@ -8,6 +8,10 @@
 end model.pth (the detector), backbone.pth (its backbone, to start another recipe from: `weights: OUT/backbone.pth`),
 metrics.json, curves.png, sheet.png and TensorBoard's events. A run that was killed goes on with --resume from the last
 finished epoch and ends, on the CPU, with the same weights bit for bit. On several nodes all of them must see --out.
+
+Records that cannot be used are named and skipped, all of them in --out's skipped.csv; --strict refuses them, and
+`backbone check-data DIR` looks for them beforehand. What a run writes stands alone: it needs neither the weights that
+the run started from nor its data.
 """
 
 import warnings
@@ -121,7 +125,7 @@ def main(
             images["val"],
             class_names,
             steps_per_epoch=len(loaders["train"]),
-            fingerprints={split: each.fingerprint for split, each in splits.items()},
+            trained_on=splits,
             facts=run.facts,
         )
         if trainer.is_global_zero:  # nothing is written before all that can be checked has been

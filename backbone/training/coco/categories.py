@@ -1,6 +1,5 @@
 """The classes of an annotation file: their names, told apart, and the detector's label for each."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,13 @@ def named_categories(records: Sequence[tuple[int | str, int, Record]]) -> tuple[
     """
     notes = []
     names = [_name(record, original) for original, _, record in records]
-    repeated = {name for name, count in Counter(names).items() if count > 1}
-    for name in sorted(repeated):
-        ids = ", ".join(shown(original) for (original, *_), other in zip(records, names, strict=True) if other == name)
-        notes.append(f"categories {ids} have one name, {printable(name)!r}: they stay apart, by their ids")
+    ids: dict[str, list[str]] = {}
+    for (original, *_), name in zip(records, names, strict=True):
+        ids.setdefault(name, []).append(shown(original))
+    repeated = {name: numbers for name, numbers in ids.items() if len(numbers) > 1}
+    for name, numbers in repeated.items():
+        listed = ", ".join(numbers)
+        notes.append(f"categories {listed} have one name, {printable(name)!r}: they stay apart, by their ids")
     made = []
     for (original, number, record), name in zip(records, names, strict=True):
         category: dict[str, Any] = {"id": number, "name": f"{name} (id {original})" if name in repeated else name}

@@ -41,7 +41,7 @@ def identified(records: list[Any], kind: str, kinds: str, skip: Skip) -> Iterato
             skip(f"number {place} of {kinds}", why)
             continue
         if original in ambiguous:
-            others = ", ".join(shown(name) for name in ambiguous[original])
+            others = ", ".join(shown(name) for name in ambiguous[original][:3])
             detail = f"ids of {kinds} must differ, and this one names {others}: no annotation tells which it means"
             skip(f"{kind} {shown_id(original)}", Unusable("one id for several images", detail))
         elif original in first:
@@ -54,13 +54,13 @@ def identified(records: list[Any], kind: str, kinds: str, skip: Skip) -> Iterato
 
 def ambiguous_ids(records: list[Any]) -> dict[int | str, list[object]]:
     """Return the ids under which several files are listed, with their names."""
-    names: dict[int | str, list[object]] = {}
+    names: dict[int | str, dict[object, None]] = {}  # an ordered set
     for record in records:
         for original in usable_ids([record]):
             name = record.get("file_name")
-            if isinstance(name, Hashable) and name not in names.setdefault(original, []):
-                names[original].append(name)
-    return {original: listed for original, listed in names.items() if len(listed) > 1}
+            if isinstance(name, Hashable):
+                names.setdefault(original, {})[name] = None
+    return {original: [*listed] for original, listed in names.items() if len(listed) > 1}
 
 
 def shown_id(original: object) -> str:

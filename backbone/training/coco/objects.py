@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 from backbone.training.coco.masks import usable_segmentation
@@ -127,7 +128,7 @@ def _looked_up(record: Record, key: str, kind: str, numbers: Mapping[int | str, 
         return numbers[value]
     twin = next((each for each in (_as_number(value), str(value)) if each is not None and each in numbers), None)
     hint = f"; the file has {twin!r}, of another type" if twin is not None else ""
-    known = f"[{', '.join(shown(each) for each in list(numbers)[:8])}{', ...' if len(numbers) > 8 else ''}]"
+    known = f"[{', '.join(shown(each) for each in islice(numbers, 8))}{', ...' if len(numbers) > 8 else ''}]"
     detail = f"{key} must be one of {known}, got {shown(value)}{hint}"
     raise Unusable(reason, detail, f"write the id of one of the {kind}, or add what is absent there")
 
