@@ -20,6 +20,7 @@ from rich.text import Text
 
 from backbone.builder import build_backbone
 from backbone.command.catalogue import Entry, find_backbones, parse_count, parse_strides
+from backbone.command.check_data import check_data_command
 from backbone.command.description import Description, describe
 from backbone.command.extraction import extract_features, find_images, read_image, refuse_overwriting, save_results
 from backbone.config import BackboneConfig, explain, load_config
@@ -128,6 +129,9 @@ def convert_command(
     """Write a checkpoint's network under the names of another library."""
     with _readable_errors():
         print(convert_weights(source, out, to))
+
+
+app.command("check-data")(check_data_command)
 
 
 @app.command("extract")

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from backbone import images as reader
 from backbone.features import Backbone, Features, FeatureSpec, Preprocessing
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -25,24 +26,12 @@ def read_image(path: Path, *, shorter_side: int | None = None) -> Image.Image:
     Raises:
         ValueError: If the file cannot be read as an image.
     """
-    try:
-        with Image.open(path) as file:
-            image = _to_rgb(ImageOps.exif_transpose(file))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); give a JPEG, PNG or the like") from None
+    image = reader.read_image(path)
     if shorter_side is not None:
         scale = shorter_side / min(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:  # a palette's; Pillow warns of going straight to RGB
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:

@@ -1,5 +1,6 @@
 """What happens between epochs: freezing, checkpoints that are whole or not there, and the history for the curves."""
 
+import errno
 import gc
 import math
 import time
@@ -115,9 +116,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Write with torch.save, so that ``path`` is at any time absent, the old file, or the whole new one."""
+    """Write with torch.save, so that ``path`` is at any time absent, the old file, or the whole new one.
+
+    Raises:
+        OSError: If it cannot be written; says what is there then. ``errno`` is that of a full disk where torch tells
+            no other.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda draft: torch.save(content, draft))
+    old = "the old file is as it was" if path.exists() else "nothing is left of it"
+    try:
+        write_atomically(path, lambda draft: torch.save(content, draft))
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
+        reason = getattr(error, "strerror", None) or "No space left on device, or the file is too large"
+        number = getattr(error, "errno", None) or errno.ENOSPC
+        raise OSError(number, f"{path} could not be written ({reason}), {old}") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

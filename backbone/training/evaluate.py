@@ -10,10 +10,12 @@ from typing import Annotated
 import lightning as L
 import typer
 
+from backbone.images import UnreadableImageError
 from backbone.recipe import load_detector_config
 from backbone.training.coco.annotations import read_annotations
-from backbone.training.coco.data import CocoImages, UnreadableImageError, make_loader
-from backbone.training.launch import Device, common_settings, console, readable_errors, require_possible
+from backbone.training.coco.data import CocoImages, make_loader
+from backbone.training.facts import read_run
+from backbone.training.launch import Device, common_settings, console, readable_errors, require_possible, tracked
 from backbone.training.module import DetectionModule, load_detector_state
 from backbone.training.reports import print_metrics, save_metrics, save_sheet
 
@@ -23,7 +25,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=__doc__)
 def main(
     config: Annotated[Path, typer.Option(help="The detector's recipe (YAML).")],
-    weights: Annotated[Path, typer.Option(help="model.pth of a run.")],
+    weights: Annotated[Path, typer.Option(help="model.pth (or last.ckpt) of a run.")],
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
     split: Annotated[str, typer.Option(help="Which images.")] = "val",
     device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.AUTO,
@@ -35,10 +37,12 @@ def main(
     with readable_errors(ValueError, OSError):
         recipe = load_detector_config(config)
         require_possible(recipe, device)
-        annotations = read_annotations(data, split, recipe)
+        _, facts = read_run(weights)
+        names = facts.class_names if facts else None
+        annotations = read_annotations(data, split, recipe, class_names=names, track=tracked)
         console.print(annotations.summary())
         images = CocoImages(annotations, recipe, train=False)
-        module = DetectionModule(recipe, images, annotations.class_names)
+        module = DetectionModule(recipe, images, annotations.class_names, facts=facts)
         load_detector_state(module.detector, weights)
     trainer = L.Trainer(**common_settings(recipe, device), devices=1, logger=False, enable_checkpointing=False)
     with readable_errors(UnreadableImageError):

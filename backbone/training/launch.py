@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, Final
@@ -11,14 +11,18 @@ from typing import Any, Final
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.text import Text
 
 from backbone.recipe import DetectorConfig
 
 EXIT_USAGE: Final = 2
 
-console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=True)
-errors = Console(stderr=True)
+# letter by letter: a class or a file may be called [old], which is rich's markup
+console = Console(
+    width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=True, markup=False, emoji=False
+)
+errors = Console(stderr=True, markup=False, emoji=False)
 
 
 class Device(StrEnum):
@@ -41,6 +45,11 @@ def readable_errors(*kinds: type[Exception]) -> Iterator[None]:
         # letter by letter: a file name may look like rich's markup
         errors.print(Text.assemble(("error", "red"), ": ", message), soft_wrap=True)
         raise typer.Exit(EXIT_USAGE) from None
+
+
+def tracked(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """Go through a sequence with a progress bar, where there is a terminal to show it."""
+    return track(items, title, console=errors, transient=True, disable=not errors.is_terminal)
 
 
 def require_possible(config: DetectorConfig, device: Device) -> None:
@@ -82,5 +91,6 @@ _NOISE: Final = (
     ".*GPU available but not used",  # --device cpu says so
     ".*directory .* exists and is not empty",  # it holds the recipe
     ".*in eval mode at the start of training",  # the frozen stages are
+    ".*dirpath has changed",  # a run's folder may be moved
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own affair
 )

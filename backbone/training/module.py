@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision.transforms import v2
 
-from backbone.features import Preprocessing
 from backbone.hosts.torchvision import build_detector, unit_statistics
 from backbone.recipe import SEGMENTERS, DetectorConfig
-from backbone.training.callbacks import load_checkpoint
+from backbone.training.coco.annotations import Annotations
 from backbone.training.coco.data import IGNORED, Batch, CocoImages, Target, padded
 from backbone.training.coco.metrics import CocoMetrics
+from backbone.training.facts import RUN_KEY, RunFacts, facts_of, metadata_of, read_run, rebuild_detector
 from backbone.training.parameter_groups import backbone_of, make_optimizer, parameter_groups, rate_factor
-from backbone.weights.metadata import HEADER_KEY, Metadata
+from backbone.weights.metadata import HEADER_KEY
 
 AUX_WEIGHT = 0.4
 """Of the auxiliary classifier's loss (arXiv:1612.01105, section 5.1). torchvision's references take 0.5."""
+
+_LONGEST_REASON = 400  # letters; torch lists every key
 
 
 class DetectionModule(L.LightningModule):
@@ -38,6 +40,8 @@ class DetectionModule(L.LightningModule):
         validation: What is measured on; its metrics are logged as ``val/...``.
         class_names: Of the categories, by label.
         steps_per_epoch: Of one process.
+        trained_on: The splits of the data, the first for training.
+        facts: Of the run whose state will be loaded: what it started from is needed no more.
 
     Attributes:
         detector: torchvision's model on our backbone.
@@ -51,13 +55,15 @@ class DetectionModule(L.LightningModule):
         class_names: Mapping[int, str],
         *,
         steps_per_epoch: int = 1,
+        trained_on: Mapping[str, Annotations] | None = None,
+        facts: RunFacts | None = None,
     ) -> None:
         super().__init__()
         self._steps_per_epoch = steps_per_epoch
         self._start_epoch = self._start_step = 0
         self.config, self.class_names = config, class_names
         torch.manual_seed(config.train.seed)
-        self.detector = build_detector(config)
+        self.detector = build_detector(config) if facts is None else rebuild_detector(config, facts)
         if config.train.channels_last:
             backbone_of(self.detector).to(memory_format=torch.channels_last)  # Keypoint R-CNN's head does not take it
         parameter_groups(self.detector, config.train)  # an error now rather than after the first epoch's data
@@ -67,6 +73,13 @@ class DetectionModule(L.LightningModule):
             config.num_classes, average="none", ignore_index=IGNORED, zero_division=math.nan
         )
         self.metrics: dict[str, float] = {}
+        self._labels = next(iter(trained_on.values())).labels if trained_on else validation.labels
+        self._fingerprints = {split: each.fingerprint for split, each in (trained_on or {}).items()}
+
+    @property
+    def facts(self) -> RunFacts:
+        """What the trained weights need beside their tensors."""
+        return facts_of(self.detector, self.config, self.class_names, self._labels, self._fingerprints)
 
     def forward(self, images: list[Tensor], targets: Sequence[Target] | None = None) -> Any:  # noqa: ANN401 - a dict or a list
         """Return losses by name in training; otherwise detections, or a segmenter's ``{"out": (N, classes, H, W)}``."""
@@ -150,8 +163,9 @@ class DetectionModule(L.LightningModule):
         return rate_factor(self.config.train, step, steps / self._steps_per_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the recipe with the weights."""
+        """Keep the recipe, and what else the weights need, with them."""
         checkpoint["recipe"] = self.config.model_dump(mode="json")
+        checkpoint[RUN_KEY] = self.facts.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the state of every parameter from the checkpoint and the rates from the recipe, which may have changed.
@@ -172,20 +186,20 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def load_detector_state(detector: nn.Module, path: Path) -> None:
-    """Load model.pth of a run.
+    """Load model.pth or last.ckpt of a run.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged or of another detector.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--weights must be an existing file, got {str(path)!r}; check the path")
-    state = load_checkpoint(path)
+    state, _ = read_run(path)
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
+        told = " ".join(str(error).split())
+        shortened = told if len(told) <= _LONGEST_REASON else f"{told[:_LONGEST_REASON]} ..."
         raise ValueError(
-            f"{path}: does not fit the recipe's detector; use the recipe.yaml beside it. ({error})"
+            f"{path}: does not fit the recipe's detector; use the recipe.yaml beside it. ({shortened})"
         ) from None
 
 
@@ -198,20 +212,7 @@ def backbone_state(detector: nn.Module, config: DetectorConfig) -> dict[str, Ten
     state = OrderedDict(portable_state(body))
     if config.box_head == "c5":
         state |= {f"layer4.{name}": value for name, value in portable_state(detector.roi_heads.box_head[0]).items()}  # type: ignore[union-attr,index,arg-type]
-    pixels = body.preprocessing
-    if config.image_mean or config.image_std:
-        mean, std = unit_statistics(pixels, config.backbone.in_channels)
-        pixels = Preprocessing(config.image_mean or mean, config.image_std or std, pixels.channel_order, (0.0, 1.0))
-    eps = {module.eps for module in body.modules() if hasattr(module, "running_var")}
-    facts = Metadata(
-        "the run of tools/train.py that wrote it",
-        known=True,
-        preprocessing=pixels,
-        stride_in_1x1=config.backbone.stride_in_1x1,
-        eps=eps.pop() if len(eps) == 1 else None,  # type: ignore[arg-type]
-        dilate_first_block=config.backbone.dilate_first_block if config.backbone.output_stride < 32 else None,
-    )
-    state._metadata = OrderedDict({HEADER_KEY: facts.to_json()})  # type: ignore[attr-defined] # where `convert` has it
+    state._metadata = OrderedDict({HEADER_KEY: metadata_of(body, config).to_json()})  # type: ignore[attr-defined] # where `convert` has it
     return state
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -9,22 +10,25 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backbone.training.coco.data import CocoImages
+from backbone.training.coco.records import printable
 from backbone.training.module import DetectionModule
 from backbone.training.pictures import draw_sheet
 
 NUM_ON_SHEET: Final = 8
+_OF_CLASS: Final = re.compile(r"(?P<kind>(?:segm/|keypoints/)?AP|IoU)/")
 
 
 def print_metrics(metrics: Mapping[str, float], console: Console) -> None:
     """Print the main metrics in one line and those of each class in a table."""
     main, by_class = main_metrics(metrics), {name: value for name, value in metrics.items() if is_of_class(name)}
     console.print(", ".join(f"{name} {metrics[name]:.3f}" for name in main))
-    kinds = list(dict.fromkeys(name.rpartition("/")[0] for name in by_class))
+    kinds = list(dict.fromkeys(kind_and_class(name)[0] for name in by_class))
     table = Table("class", *kinds)
-    for name in dict.fromkeys(name.rpartition("/")[2] for name in by_class):
-        table.add_row(name, *(f"{by_class[f'{kind}/{name}']:.3f}" for kind in kinds))
+    for name in dict.fromkeys(kind_and_class(name)[1] for name in by_class):
+        table.add_row(Text(printable(name)), *(f"{by_class[f'{kind}/{name}']:.3f}" for kind in kinds))
     console.print(table)
 
 
@@ -35,7 +39,14 @@ def main_metrics(metrics: Mapping[str, float]) -> list[str]:
 
 def is_of_class(name: str) -> bool:
     """Whether a metric's name is such as ``AP/circle``, ``segm/AP/circle`` or ``IoU/circle``."""
-    return "AP/" in name or "IoU/" in name
+    return _OF_CLASS.match(name) is not None
+
+
+def kind_and_class(name: str) -> tuple[str, str]:
+    """Return the two parts of a class's metric: ``segm/AP`` and ``vehicle/car``, whatever letters the class has."""
+    match = _OF_CLASS.match(name)
+    assert match is not None
+    return match["kind"], name[match.end() :]
 
 
 def save_metrics(content: Mapping[str, Any], path: Path) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from backbone.recipe import DetectorConfig
 from backbone.training.callbacks import load_checkpoint
+from backbone.training.facts import RUN_KEY, RunFacts
 
 CHECKPOINT: Final = "last"
 MAY_CHANGE: Final = ("train.", "min_size", "max_size", "backbone.freeze_at", "backbone.checkpoint_stages")
@@ -26,6 +27,7 @@ class RunFolder:
 
     Attributes:
         checkpoint: Of the last finished epoch, when the run goes on from one.
+        facts: What is needed to go on from it beside the recipe; None where it is one of old.
         changes: One line for each setting of the recipe that is not as it was.
 
     Raises:
@@ -41,6 +43,7 @@ class RunFolder:
         if resume and not held:
             raise ValueError(f"--resume needs a run in --out, and {out} holds none; check the path, or drop --resume")
         self.checkpoint = last if resume and last.exists() else None
+        self.facts: RunFacts | None = None
         self.changes = self._changes(config) if self.checkpoint else []
 
     def _changes(self, config: DetectorConfig) -> list[str]:
@@ -48,6 +51,8 @@ class RunFolder:
         content = load_checkpoint(self.checkpoint)
         if "recipe" not in content:
             raise ValueError(f"{self.checkpoint}: has no recipe, so it is not of tools/train.py; choose another --out")
+        if isinstance(content.get(RUN_KEY), str):
+            self.facts = RunFacts.from_json(content[RUN_KEY])
         before, now = dict(_flat(content["recipe"])), dict(_flat(config.model_dump(mode="json")))
         changed = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
         lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed}

@@ -8,6 +8,10 @@
 end model.pth (the detector), backbone.pth (its backbone, to start another recipe from: `weights: OUT/backbone.pth`),
 metrics.json, curves.png, sheet.png and TensorBoard's events. A run that was killed goes on with --resume from the last
 finished epoch and ends, on the CPU, with the same weights bit for bit. On several nodes all of them must see --out.
+
+Records that cannot be used are named and skipped, all of them in --out's skipped.csv; --strict refuses them, and
+`backbone check-data DIR` looks for them beforehand. What a run writes stands alone: it needs neither the weights that
+the run started from nor its data.
 """
 
 import warnings
@@ -21,12 +25,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from backbone import FreezeSchedule
+from backbone.images import UnreadableImageError
 from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
+from backbone.training.advice import data_notes, warm_up_note, warn_if_frozen_at_random
 from backbone.training.callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
-from backbone.training.coco.annotations import Annotations, read_annotations
-from backbone.training.coco.data import CocoImages, UnreadableImageError, make_loader
-from backbone.training.launch import Device, common_settings, console, readable_errors, require_possible
+from backbone.training.coco.annotations import read_annotations, require_same_categories
+from backbone.training.coco.data import CocoImages, make_loader
+from backbone.training.coco.summary import save_skipped
+from backbone.training.endings import EXIT_PICTURES, resumable, show
+from backbone.training.facts import metadata_of, with_facts
+from backbone.training.launch import Device, common_settings, console, readable_errors, require_possible, tracked
 from backbone.training.module import DetectionModule, backbone_state, portable_state
+from backbone.training.parameter_groups import backbone_of
 from backbone.training.pictures import save_curves
 from backbone.training.reports import main_metrics, print_metrics, save_metrics, save_sheet
 from backbone.training.run_folder import CHECKPOINT, RunFolder
@@ -56,40 +66,28 @@ def trainer_for(
     )
 
 
-def save_results(
-    module: DetectionModule, history: History, images: CocoImages, class_names: Mapping[int, str], out: Path
-) -> list[Path]:
-    """Write weights, numbers and pictures; return their paths."""
-    names = ("model.pth", "backbone.pth", "metrics.json", "curves.png", "sheet.png")
-    model, backbone, metrics, curves, sheet = paths = [out / name for name in names]
-    save_atomically(portable_state(module.detector), model)
+def save_weights(module: DetectionModule, out: Path) -> list[Path]:
+    """Write the detector and its backbone, each with what it needs to stand alone; return the paths."""
+    model, backbone = paths = [out / "model.pth", out / "backbone.pth"]
+    known = metadata_of(backbone_of(module.detector).body, module.config)
+    save_atomically(with_facts(portable_state(module.detector), module.facts, known), model)
     save_atomically(backbone_state(module.detector, module.config), backbone)
-    save_metrics({"metrics": module.metrics, "epochs": history.epochs}, metrics)
-    save_curves(history.epochs, main_metrics(module.metrics), curves)
-    save_sheet(module, images, class_names, sheet)
     return paths
 
 
-def require_same_categories(splits: Mapping[str, Annotations]) -> None:
-    """Refuse a class that would mean something else in validation.
-
-    Raises:
-        ValueError: If the splits have other categories.
-    """
-    first, second = (dict(zip(each.labels, each.class_names.values(), strict=True)) for each in splits.values())
-    if first != second:
-        raise ValueError(f"train and val must have the same categories, got {first} and {second}")
-
-
-def warn_if_frozen_at_random(config: DetectorConfig) -> None:
-    """Warn of what ``build_backbone`` cannot see: a schedule that freezes before anything was learned."""
-    frozen = (config.train.freeze_schedule or {0: 0})[0]
-    if frozen and config.backbone.weights is None:
-        warnings.warn(
-            f"{config.backbone.name}: the first {frozen} stages are frozen at random weights from epoch 0 on; set "
-            f"weights, or use a freeze_schedule that begins with {{0: 0}}",
-            stacklevel=2,
-        )
+def save_results(
+    module: DetectionModule, history: History, images: CocoImages, class_names: Mapping[int, str], out: Path
+) -> tuple[list[Path], list[str]]:
+    """Write numbers, then show the table and draw the pictures; return the paths and what could not be made."""
+    metrics, curves, sheet = paths = [out / name for name in ("metrics.json", "curves.png", "sheet.png")]
+    save_metrics({"metrics": module.metrics, "epochs": history.epochs}, metrics)
+    steps = {
+        "the table": lambda: print_metrics(module.metrics, console),
+        curves.name: lambda: save_curves(history.epochs, main_metrics(module.metrics), curves),
+        sheet.name: lambda: save_sheet(module, images, class_names, sheet),
+    }
+    failed = show(steps)
+    return [path for path in paths if path.name not in failed], failed
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -104,33 +102,49 @@ def main(
     device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.AUTO,
     devices: Annotated[int, typer.Option(min=1, help="Processes on each node, one for each GPU.")] = 1,
     num_nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse data of which anything would be skipped.")] = False,
 ) -> None:
     """Check all that can be checked before the first step, train, and show what came out."""
     with readable_errors(ValueError, OSError):
         recipe = load_detector_config(config)
         require_possible(recipe, device)
-        splits = {split: read_annotations(data, split, recipe) for split in SPLITS}
+        splits = {split: read_annotations(data, split, recipe, strict=strict, track=tracked) for split in SPLITS}
         require_same_categories(splits)
         images = {split: CocoImages(each, recipe, train=split == "train") for split, each in splits.items()}
         history = History(console, main_metric="mIoU" if recipe.detector in SEGMENTERS else "AP50")
         trainer = trainer_for(recipe, out, history, device, devices, num_nodes)
         run = RunFolder(out, recipe, resume=resume, is_first_process=trainer.is_global_zero)
+        notes = data_notes(run.facts, splits)
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         loaders = {split: make_loader(each, **ranks) for split, each in images.items()}
         class_names = splits["val"].class_names
         if run.checkpoint:  # the weights come from there
             warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        module = DetectionModule(recipe, images["val"], class_names, steps_per_epoch=len(loaders["train"]))
+        module = DetectionModule(
+            recipe,
+            images["val"],
+            class_names,
+            steps_per_epoch=len(loaders["train"]),
+            trained_on=splits,
+            facts=run.facts,
+        )
         if trainer.is_global_zero:  # nothing is written before all that can be checked has been
             console.print("\n".join(each.summary() for each in splits.values()))
             run.begin(config, console)
+            save_skipped({each.file: each.skipped for each in splits.values()}, out / "skipped.csv")
+            for note in filter(None, [*notes, warm_up_note(recipe.train, len(loaders["train"]))]):
+                console.print(note)
         if not run.checkpoint:
             warn_if_frozen_at_random(recipe)
-    with readable_errors(FloatingPointError, UnreadableImageError):
+    with resumable(out), readable_errors(FloatingPointError, UnreadableImageError):
         trainer.fit(module, loaders["train"], loaders["val"], ckpt_path=run.checkpoint)
+        paths = save_weights(module, out) if trainer.is_global_zero else []
         trainer.validate(module, loaders["val"], verbose=False)
-    history.epochs[-1] |= module.metrics  # whatever validate_every says
-    if trainer.is_global_zero:
-        print_metrics(module.metrics, console)
-        for path in save_results(module, history, images["val"], class_names, out):
-            console.print(str(path))
+        history.epochs[-1] |= module.metrics  # whatever validate_every says
+        if not trainer.is_global_zero:
+            return
+        more, failed = save_results(module, history, images["val"], class_names, out)
+    for path in [*paths, *more]:
+        console.print(str(path))
+    if failed:
+        raise typer.Exit(EXIT_PICTURES)

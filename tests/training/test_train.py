@@ -334,7 +334,7 @@ def test_the_last_epoch_is_measured_whatever_validate_every_says(finished: Path)
 
 
 def test_a_schedule_that_freezes_random_weights_is_warned_of() -> None:
-    from backbone.training.train import warn_if_frozen_at_random
+    from backbone.training.advice import warn_if_frozen_at_random
 
     config = DetectorConfig.model_validate(recipe("retinanet", norm="bn", train={"freeze_schedule": {0: 2}}))
     with pytest.warns(UserWarning, match="first 2 stages are frozen at random weights"):

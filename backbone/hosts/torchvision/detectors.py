@@ -267,6 +267,15 @@ def _transform(config: DetectorConfig, preprocessing: Preprocessing) -> Generali
     return transform(config.min_size, config.max_size, list(config.image_mean or mean), list(config.image_std or std))
 
 
+def expect_images(detector: nn.Module, config: DetectorConfig, preprocessing: Preprocessing) -> None:
+    """Let a detector of ``build_detector`` prepare images as weights expect them that are loaded afterwards."""
+    for module in detector.modules():
+        if isinstance(module, Backbone):
+            module.preprocessing = preprocessing
+    if config.detector not in SEGMENTERS:
+        detector.transform = _transform(config, preprocessing)
+
+
 def unit_statistics(preprocessing: Preprocessing, in_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation for images of 0 to 1 with ``in_channels`` channels.
 

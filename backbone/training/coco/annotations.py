@@ -1,220 +1,183 @@
 """A COCO annotation file, read with care: what cannot be used is named, and skipped where the rest can go on."""
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-from PIL import Image
+from backbone.recipe import DetectorConfig
+from backbone.training.coco.categories import labels_by_name, labels_of, named_categories
+from backbone.training.coco.cleaned import NEEDS_KEYPOINTS, NEEDS_MASKS, Annotations
+from backbone.training.coco.file import find_annotation_file, read_content
+from backbone.training.coco.head import check_for_head
+from backbone.training.coco.identities import Identified, identified, shown_id, usable_ids
+from backbone.training.coco.image_files import ImageFiles
+from backbone.training.coco.objects import Objects, Wanted
+from backbone.training.coco.records import MAX_ID, Track, Unusable, number_ids, printable, shown, untracked
 
-from backbone.recipe import SEGMENTERS, DetectorConfig
-
-NEEDS_MASKS: Final = ("mask_rcnn", *SEGMENTERS)
-NEEDS_KEYPOINTS: Final = ("keypoint_rcnn",)
-_SHOWN: Final = 10
-
-
-@dataclass
-class Annotations:
-    """One split of a data set, cleaned.
-
-    Attributes:
-        folder: Where the images are.
-        file: The annotation file.
-        content: The file's content without what was skipped; area and iscrowd are always there.
-        skipped: One line for each image and annotation left out: which, and why.
-        num_annotations: Annotations in the file, those of skipped images included.
-        notes: What else there is to know before training.
-        labels: The detector's class for each category id, in the ids' order; 0 is the background.
-    """
-
-    folder: Path
-    file: Path
-    content: dict[str, Any]
-    skipped: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    num_annotations: int = 0
-    labels: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def class_names(self) -> dict[int, str]:
-        """Names of the categories by label, in the order of the labels and of the category ids."""
-        names = {category["id"]: str(category.get("name", category["id"])) for category in self.content["categories"]}
-        return {label: names[number] for number, label in self.labels.items()}
-
-    @property
-    def keypoint_names(self) -> list[str]:
-        """Names of the keypoints that the categories have; empty where the file tells none."""
-        return next((list(c["keypoints"]) for c in self.content["categories"] if c.get("keypoints")), [])
-
-    def summary(self) -> str:
-        """Return what is there and what was skipped, a line for each of the first."""
-        images, annotations = len(self.content["images"]), len(self.content["annotations"])
-        lines = [f"{self.file}: {images} images, {annotations} annotations, {len(self.skipped)} skipped"]
-        lines += [f"  skipped {line}" for line in self.skipped[:_SHOWN]]
-        hidden = len(self.skipped) - _SHOWN
-        return "\n".join([*lines, *([f"  ... and {hidden} more"] if hidden > 0 else []), *self.notes])
+__all__ = ["NEEDS_KEYPOINTS", "NEEDS_MASKS", "Annotations", "read_annotations", "require_same_categories"]
 
 
-def read_annotations(data: Path, split: str, config: DetectorConfig) -> Annotations:
+def read_annotations(
+    data: Path,
+    split: str,
+    config: DetectorConfig | None,
+    *,
+    class_names: Mapping[int, str] | None = None,
+    strict: bool = False,
+    track: Track = untracked,
+) -> Annotations:
     """Read ``data/annotations/<split>.json`` for the images in ``data/<split>``, and check it against the recipe.
 
-    Skipped, each by name: an image that is missing or unreadable, an annotation whose box has no area, is not finite
-    or lies outside of its image, and one without the mask that the detector learns from. Images without annotations
-    stay: a detector learns from them what is background.
+    Every record is looked at before anything is drawn or trained: what cannot be used is skipped by name, an image with
+    all its annotations, an annotation, or one polygon of it. Images without annotations stay: a detector learns from
+    them what is background. Of the images only the headers are read, and the pixels of those with more than 8 bits.
+
+    Args:
+        data: Folder of the data set.
+        split: Such as ``train``.
+        config: The recipe; None checks masks and keypoints wherever there are some, and numbers the classes from 1.
+        class_names: By label, of weights that are to be measured: the file's classes get the labels of equal names.
+        strict: Whether anything that would be skipped is an error.
+        track: Shows progress.
 
     Raises:
         FileNotFoundError: If the folder or the file does not exist.
         ValueError: If the file is not COCO's format or does not fit the recipe, or nothing usable is left.
     """
-    folder, file = data / split, data / "annotations" / f"{split}.json"
-    for path, kind in ((data, "a folder"), (folder, "a folder of images"), (file, "a file in COCO's format")):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"--data must hold train/, val/ and annotations/train.json and val.json; {path} ({kind}) does not exist"
-            )
-    found = Annotations(folder, file, _read_json(file))
-    found.num_annotations = len(found.content["annotations"])
-    found.labels = _labels(found, config.num_classes)
-    _check_category_ids(found)
-    _skip_unreadable_images(found)
-    _skip_unusable_annotations(found, config)
+    folder, file = find_annotation_file(data, split)
+    content, fingerprint = read_content(file)
+    found = Annotations(folder, file, {}, num_annotations=len(content["annotations"]), fingerprint=fingerprint)
+    category_numbers = _read_categories(found, content["categories"], config, class_names)
+    files = ImageFiles(folder)
+    images = list(identified(content["images"], "image", "images", found.skip))
+    found.content["images"] = list(_usable_images(found, files, images, track))
+    objects = Objects(
+        images={image["id"]: image for image in found.content["images"]},
+        image_numbers=number_ids(usable_ids(content["images"])),
+        category_numbers=category_numbers,
+        wanted=_wanted(config),
+    )
+    found.content["annotations"] = list(_usable_objects(found, objects, content["annotations"], track))
+    _number_objects(found)
+    _judge_sideways(found, files)
+    found.notes += [f"{count} images: each {what}" for what, count in files.notes.items()] + objects.notes()
     if not found.content["images"]:
         raise ValueError(f"nothing is left to read\n{found.summary()}")
-    _check_for_head(found, config)
+    if config is not None:
+        check_for_head(found, config, content["annotations"])
+    if strict and found.skipped:
+        raise ValueError(f"--strict refuses {len(found.skipped)} records that would be skipped\n{found.summary()}")
     return found
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON, it may be truncated ({error}); write it again") from None
-    lists = ("images", "annotations", "categories")
-    absent = [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]
-    if absent:
-        raise ValueError(f"{file}: must have the lists images, annotations and categories; absent: {', '.join(absent)}")
-    needed = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id"), "categories": ("id",)}
-    for name, keys in needed.items():
-        for number, record in enumerate(content[name]):
-            if missing := [key for key in keys if key not in record]:
-                raise ValueError(f"{file}: number {number} of {name} must have {', '.join(missing)}, got {record}")
-        ids = [record["id"] for record in content[name]]
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"{file}: ids of {name} must differ, got {len(ids) - len(set(ids))} repetitions")
-    return content
+def _read_categories(
+    found: Annotations, records: list[Any], config: DetectorConfig | None, class_names: Mapping[int, str] | None
+) -> dict[int | str, int]:
+    """Note the classes and their labels; return the number of each category by its id in the file."""
+    categories = list(identified(records, "category", "categories", found.skip))
+    found.content["categories"], notes = named_categories(categories)
+    found.notes += notes
+    if class_names is None:
+        found.labels = labels_of(found.content["categories"], config.num_classes if config else None, found.file)
+    else:
+        found.labels = labels_by_name(found.content["categories"], class_names, found.file)
+    return {original: number for original, number, _ in categories}
 
 
-def _labels(found: Annotations, num_classes: int) -> dict[int, int]:
-    """Number the categories from 1, or keep their ids where the detector has room for them, as torchvision's for COCO.
-
-    COCO's 80 categories have ids up to 90, and torchvision's weights 91 classes: a class for each id, and 0.
-    """
-    ids = sorted(category["id"] for category in found.content["categories"])
-    if not all(type(number) is int and number >= 0 for number in ids):
-        raise ValueError(f"{found.file}: ids of categories must be integers of at least 0, got {ids}")
-    if num_classes == len(ids) + 1:
-        return {number: label for label, number in enumerate(ids, start=1)}
-    if ids and ids[0] > 0 and ids[-1] < num_classes:
-        return {number: number for number in ids}
-    raise ValueError(
-        f"num_classes must be {len(ids) + 1}, for the {len(ids)} categories of {found.file} numbered from 1 and the "
-        f"background, or above {max(ids, default=0)}, to keep their ids (from 1) as labels; got {num_classes}"
-    )
-
-
-def _check_category_ids(found: Annotations) -> None:
-    for annotation in found.content["annotations"]:
-        if annotation["category_id"] not in found.labels:
-            raise ValueError(
-                f"{found.file}: category_id must be one of {[*found.labels]}, annotation {annotation['id']} has "
-                f"{annotation['category_id']!r}; mend it or add the category"
-            )
-
-
-def _skip_unreadable_images(found: Annotations) -> None:
-    """Drop images whose file is missing or no picture, and note the sizes of the others."""
-    kept = []
-    for image in found.content["images"]:
-        path = found.folder / image["file_name"]
+def _usable_images(
+    found: Annotations, files: ImageFiles, images: list[Identified], track: Track
+) -> Iterator[dict[str, Any]]:
+    for original, number, record in track(images, f"images of {found.file.stem}"):
         try:
-            with Image.open(path) as picture:  # reads the header only
-                kept.append({**image, "width": picture.width, "height": picture.height})
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            why = "does not exist" if not path.exists() else "is empty" if not path.stat().st_size else str(error)
-            found.skipped.append(f"image {image['id']}: {path}: {why}")
-    found.content["images"] = kept
+            yield files.usable(record, number)
+        except Unusable as why:
+            found.skip(f"image {shown_id(original)}", why)
 
 
-def _skip_unusable_annotations(found: Annotations, config: DetectorConfig) -> None:
-    images = {image["id"]: image for image in found.content["images"]}
-    kept = []
-    for annotation in found.content["annotations"]:
-        image = images.get(annotation["image_id"])
-        if image is None:
-            continue  # the image itself was named
-        problem = next(_problems(annotation, image, config), None)
-        if problem:
-            found.skipped.append(f"annotation {annotation['id']} of {image['file_name']}: {problem}")
-        else:
-            width, height = annotation["bbox"][2:]
-            kept.append({"area": width * height, "iscrowd": 0, **annotation})
-    found.content["annotations"] = kept
-
-
-def _problems(annotation: Mapping[str, Any], image: Mapping[str, Any], config: DetectorConfig) -> Iterator[str]:
-    """Yield why an annotation cannot be used."""
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
-        yield f"bbox must be [x, y, width, height], got {box}"
-        return
-    width, height = box[2:]
-    if not all(map(math.isfinite, box)):
-        yield f"bbox {box} is not finite"
-    elif width <= 0 or height <= 0:
-        yield f"bbox {box} has no area"
-    elif not _has_extent(box, (image["width"], image["height"])):
-        yield f"bbox {box} lies outside of its image of {image['width']} x {image['height']}, or has no extent in it"
-    if config.detector in NEEDS_MASKS and not _is_mask(annotation.get("segmentation")):
-        yield "it has no mask (segmentation)"
-
-
-def _has_extent(box: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether something is left of a box that is cut to its image, in the detectors' arithmetic of 32 bits."""
-    with np.errstate(over="ignore"):
-        near = np.array(box[:2], np.float32)
-        far = near + np.array(box[2:], np.float32)
-    return bool((np.clip(far, 0, size) > np.clip(near, 0, size)).all())
-
-
-def _is_mask(segmentation: object) -> bool:
-    if isinstance(segmentation, dict):
-        return {"size", "counts"} <= segmentation.keys()
-    return isinstance(segmentation, list) and bool(segmentation) and all(
-        isinstance(polygon, list) and len(polygon) >= 6 for polygon in segmentation
-    )  # fmt: skip
-
-
-def _check_for_head(found: Annotations, config: DetectorConfig) -> None:
-    annotations = found.content["annotations"]
-    if not annotations:
-        needs = "masks (segmentation)" if config.detector in NEEDS_MASKS else "boxes"
-        raise ValueError(f"detector {config.detector} learns from {needs}, and none is left\n{found.summary()}")
+def _wanted(config: DetectorConfig | None) -> Wanted:
+    if config is None:
+        return Wanted(whatever_is_there=True, keypoints=None)
     if config.detector not in NEEDS_KEYPOINTS:
+        return Wanted(masks=config.detector in NEEDS_MASKS)
+    return Wanted(keypoints=config.num_keypoints)
+
+
+def _usable_objects(found: Annotations, objects: Objects, records: list[Any], track: Track) -> Iterator[dict[str, Any]]:
+    for place, record in enumerate(track(records, f"annotations of {found.file.stem}")):
+        title = f"number {place} of annotations"
+        try:
+            if not isinstance(record, dict):
+                raise Unusable("record of another type", f"must be an object with keys and values, got {shown(record)}")
+            if "id" in record:
+                title = f"annotation {shown_id(record['id'])}"
+            image = objects.image_of(record)
+            if image is None:
+                continue  # the image itself was named
+            title += f" of {printable(image['file_name'])}"
+            made = objects.usable(record, image)
+        except Unusable as why:
+            found.skip(title, why)
+            continue
+        for part, problem in objects.parts:
+            found.skip(f"{part} of {title}", problem)
+        yield made
+
+
+def _number_objects(found: Annotations) -> None:
+    """Number the annotations from 1 where their ids cannot serve: COCOeval takes a match with id 0 for none."""
+    annotations = found.content["annotations"]
+    ids = [annotation["id"] for annotation in annotations]
+    proper = all(type(each) is int and 0 < each <= MAX_ID for each in ids)
+    if proper and len(set(ids)) == len(ids):
         return
-    counts = {len(annotation["keypoints"]) for annotation in annotations if annotation.get("keypoints")}
-    if not counts:
-        raise ValueError(f"detector {config.detector} learns from keypoints, and {found.file} has none")
-    if counts != {3 * config.num_keypoints}:
-        raise ValueError(
-            f"num_keypoints must be the number of keypoints (x, y, visibility) of every annotation in {found.file}, "
-            f"{' or '.join(f'{count / 3:g}' for count in sorted(counts))}; got {config.num_keypoints}"
+    odd = Counter(shown(each) for each in ids if type(each) not in (int, str))
+    repeated = len(ids) - len(set(map(repr, ids)))
+    for count, what in ((odd.total(), "have no id"), (repeated, "have an id that was there before")):
+        if count:
+            found.notes.append(f"{count} annotations {what}: they are told apart by their places in the file")
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
+
+
+def _judge_sideways(found: Annotations, files: ImageFiles) -> None:
+    """Decide on images whose stated size is that of the file before EXIF turns it: for which picture were they drawn?
+
+    A box that reaches beyond the upright picture, and not beyond the one that lies, tells it for all of them.
+    """
+    if not files.sideways:
+        return
+    images = {image["id"]: image for image in found.content["images"] if image["id"] in files.sideways}
+    drawn = [(images[a["image_id"]], a["bbox"]) for a in found.content["annotations"] if a["image_id"] in images]
+    lying = any(
+        (x + w > image["width"] + 1 or y + h > image["height"] + 1)
+        and x + w <= image["height"] + 1
+        and y + h <= image["width"] + 1
+        for image, (x, y, w, h) in drawn
+    )
+    if not lying:
+        found.notes.append(
+            f"{len(images)} images: each is turned upright by its EXIF orientation, and its record states the size "
+            f"before that: make sure that its boxes and masks are those of the upright image"
         )
-    if not any(side in name for name in found.keypoint_names for side in ("left", "right")):
-        found.notes.append(f"  {found.file} names no left and right keypoints; a mirrored image keeps their order")
-    for annotation in annotations:
-        annotation["keypoints"] = annotation.get("keypoints") or [0] * 3 * config.num_keypoints
-        annotation["num_keypoints"] = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
+        return
+    for image in images.values():
+        detail = "its boxes are those of the file as it lies, before EXIF turns it upright"
+        remedy = "write the images upright (PIL.ImageOps.exif_transpose) without EXIF, or annotate them as they stand"
+        found.skip(f"image {image['file_name']}", Unusable("annotated before it was turned upright", detail, remedy))
+    for key, name in (("images", "id"), ("annotations", "image_id")):
+        found.content[key] = [each for each in found.content[key] if each[name] not in images]
+
+
+def require_same_categories(splits: Mapping[str, Annotations]) -> None:
+    """Give every split the labels of the first, by the classes' names, whatever their order and ids.
+
+    Raises:
+        ValueError: If the splits have other classes.
+    """
+    first, *others = splits.values()
+    for second in others:
+        names = [sorted(each.class_names.values()) for each in (first, second)]
+        if names[0] != names[1]:
+            raise ValueError(f"train and val must have the same categories, got {names[0]} and {names[1]}")
+        second.labels = labels_by_name(second.content["categories"], first.class_names, second.file)

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
+from PIL import Image
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
@@ -18,6 +20,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
+from backbone.images import UnreadableImageError, read_image
 from backbone.recipe import SEGMENTERS, DetectorConfig
 from backbone.training.coco.annotations import NEEDS_KEYPOINTS, NEEDS_MASKS, Annotations
 
@@ -25,18 +28,15 @@ Target: TypeAlias = dict[str, Any]
 Batch: TypeAlias = tuple[list[Tensor], list[Target]]
 
 IGNORED = 255
-"""Class of the pixels that pad a segmenter's target."""
-
-
-class UnreadableImageError(ValueError):
-    """An image whose header was whole and whose body is not."""
+"""Class of the pixels that a segmenter's loss and measure leave out: padding, and crowds."""
 
 
 class CocoImages(Dataset[tuple[Tensor, Target]]):
     """Images (3, H, W) of 0 to 1 with their targets.
 
     A detector's target has boxes, labels and, where it learns from them, masks and keypoints; a segmenter's has the
-    class of each pixel, as ``classes`` (H, W). Both have image_id and file_name. Crowds are for evaluation only.
+    class of each pixel, as ``classes`` (H, W). Both have image_id and file_name. Crowds are for evaluation only; a
+    segmenter, which could not tell their pixels from background, ignores these.
 
     Args:
         annotations: The cleaned split.
@@ -63,9 +63,9 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         file_name = self.coco.imgs[self.ids[index]]["file_name"]
         try:
             image, target = self.images[index]
-        except (OSError, SyntaxError) as error:  # Pillow raises the latter for some damaged PNG files
+        except UnreadableImageError as error:
             raise UnreadableImageError(
-                f"{file_name} cannot be read ({error}); mend it or remove it from the annotations"
+                f"{file_name} cannot be read ({error.reason}); mend it or remove it from the annotations"
             ) from None
         image, target = v2.functional.to_image(image), self._complete(target, v2.functional.get_size(image))
         chance = np.random.default_rng([self.config.train.seed, epoch, index])
@@ -76,7 +76,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
             side = int(chance.choice(self.config.min_size)) if self.train else self.config.min_size[-1]
             size = resized(v2.functional.get_size(image), side, self.config.max_size)
             image, target = v2.Resize(size, antialias=True)(image, target)
-            target = {"classes": class_map(target["masks"], target["labels"])}
+            target = {"classes": class_map(target["masks"], target["labels"], target["crowds"])}
         image = v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(torch.Tensor)
         plain = {name: value.as_subclass(torch.Tensor) for name, value in target.items()}
         return image, {**plain, "image_id": self.ids[index], "file_name": file_name}
@@ -92,8 +92,17 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         if self.config.detector in NEEDS_KEYPOINTS:
             keypoints = torch.tensor([each["keypoints"] for each in annotations], dtype=torch.float32)
             target["keypoints"] = keypoints.reshape(len(annotations), self.config.num_keypoints, 3)
+        if self.config.detector in SEGMENTERS:
+            target["crowds"] = self._crowds(target["image_id"], size)
         del target["image_id"]
         return target
+
+    def _crowds(self, image_id: int, size: Sequence[int]) -> tv_tensors.Mask:
+        """Return where crowds are, (1, H, W)."""
+        crowds = [self.coco.annToRLE(each) for each in self.coco.imgToAnns[image_id] if each["iscrowd"]]
+        if not crowds:
+            return tv_tensors.Mask(torch.zeros(1, *size, dtype=torch.uint8))
+        return tv_tensors.Mask(torch.from_numpy(rle.decode(rle.merge(crowds)))[None])
 
     def _flip(self, image: tv_tensors.Image, target: Target) -> tuple[tv_tensors.Image, Target]:
         keypoints = target.pop("keypoints", None)
@@ -114,6 +123,10 @@ class _Cleaned(CocoDetection):  # type: ignore[misc]
         content = annotations.content
         self.coco = as_coco({**content, "annotations": [a for a in content["annotations"] if not a["iscrowd"]]})
         self.ids = sorted(self.coco.imgs)
+        self.folder = annotations.folder
+
+    def _load_image(self, id: int) -> Image.Image:
+        return read_image(self.folder / self.coco.imgs[id]["file_name"])
 
 
 def as_coco(content: dict[str, Any]) -> COCO:
@@ -140,9 +153,14 @@ def mirrored(names: Sequence[str]) -> list[int]:
     return [names.index(other) if other and other in names else index for index, other in enumerate(swapped)]
 
 
-def class_map(masks: Tensor, labels: Tensor) -> Tensor:
-    """Masks (N, H, W) -> class of each pixel (H, W), 0 for the background; a smaller object lies over a larger one."""
+def class_map(masks: Tensor, labels: Tensor, crowds: Tensor | None = None) -> Tensor:
+    """Masks (N, H, W) -> class of each pixel (H, W), 0 for the background; a smaller object lies over a larger one.
+
+    Pixels of ``crowds`` (M, H, W) that belong to no object are ``IGNORED``.
+    """
     classes = torch.zeros(masks.shape[1:], dtype=torch.int64)
+    if crowds is not None:
+        classes[crowds.bool().any(0)] = IGNORED
     for number in masks.sum((1, 2)).argsort(descending=True, stable=True).tolist():
         classes[masks[number].bool()] = labels[number]
     return classes

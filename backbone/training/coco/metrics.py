@@ -79,7 +79,8 @@ class CocoMetrics:
 
     def _evaluate(self, kind: IouType, results: list[Result]) -> dict[str, float]:
         with contextlib.redirect_stdout(io.StringIO()):  # its own table has no classes
-            found = self.coco.loadRes(results) if results else _nothing(self.coco)
+            copies = [dict(result) for result in results]  # loadRes writes into what it is given
+            found = self.coco.loadRes(copies) if copies else _nothing(self.coco)
             evaluation = COCOeval(self.coco, found, kind)
             if kind == "keypoints":
                 evaluation.params.kpt_oks_sigmas = _sigmas(self.coco, evaluation.params.kpt_oks_sigmas)
@@ -116,7 +117,7 @@ def _nothing(coco: COCO) -> COCO:
 
 
 def _sigmas(coco: COCO, of_coco: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    count = max(len(annotation["keypoints"]) // 3 for annotation in coco.anns.values())
+    count = max((len(annotation["keypoints"]) // 3 for annotation in coco.anns.values()), default=NUM_COCO_KEYPOINTS)
     return of_coco if count == NUM_COCO_KEYPOINTS else np.full(count, OTHER_SIGMA)
 
 
