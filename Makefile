@@ -33,7 +33,7 @@ train-demo: $(VENV)/train.stamp
 	$(BIN)/python tools/make_shapes_dataset.py --out out/shapes --overwrite \
 		--images-train 1500 --images-val 100 --min-scale 0.2 --max-objects 4
 	rm -rf out/train-demo
-	$(BIN)/python tools/train.py --config configs/detectors/shapes_faster_rcnn.yaml --data out/shapes --out out/train-demo
+	$(BIN)/backbone train --config shapes_faster_rcnn --data out/shapes --out out/train-demo
 
 test: $(VENV)/test.stamp
 	$(BIN)/pytest --numprocesses auto --dist worksteal

@@ -36,7 +36,7 @@ class PyramidConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """How ``tools/train.py`` trains the detector."""
+    """How ``backbone train`` trains the detector."""
 
     epochs: PositiveInt = Field(default=12, description="Passes over the training data.")
     batch_size: PositiveInt = Field(default=2, description="Images per process and step.")
@@ -90,7 +90,7 @@ class TrainConfig(StrictModel):
 
 
 class DetectorConfig(StrictModel):
-    """Everything that decides which detector is built, and how ``tools/train.py`` trains it.
+    """Everything that decides which detector is built, and how ``backbone train`` trains it.
 
     Raises:
         pydantic.ValidationError: (a ValueError) for an unknown key, a wrong type or an impossible combination.
@@ -149,7 +149,7 @@ class DetectorConfig(StrictModel):
     image_std: Annotated[tuple[float, ...] | None, Field(strict=False), rule("must be null or a list of numbers")] = (
         Field(default=None, description="Divides each channel; null: as the weights expect it.")
     )
-    train: TrainConfig = Field(default=TrainConfig(), description="How tools/train.py trains it.")
+    train: TrainConfig = Field(default=TrainConfig(), description="How `backbone train` trains it.")
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@
 
 Trains the recipe's detector on a few images of shapes that the weights have never seen: from scratch, and from the
 pre-trained backbone with freeze_at 0, 2 and 4. Prints after how many steps and seconds of training each run passed an
-AP50, and draws the four curves into OUT/transfer.png. Every run is one of tools/train.py.
+AP50, and draws the four curves into OUT/transfer.png. Every run is one of `backbone train`.
 """
 
 import json
@@ -28,7 +28,7 @@ NEW_SHAPES: Final = ("pentagon", "cross", "ring", "heart")
 NUM_TRAIN_IMAGES: Final = 100
 NUM_VAL_IMAGES: Final = 100
 RUNS: Final[dict[str, int | None]] = {"from scratch": None, "freeze_at 0": 0, "freeze_at 2": 2, "freeze_at 4": 4}
-TRAIN: Final = Path(__file__).with_name("train.py")
+TRAIN: Final = (sys.executable, "-m", "backbone", "train")
 
 console = Console(highlight=False)
 
@@ -46,7 +46,7 @@ def run(settings: dict[str, Any], data: Path, out: Path) -> list[dict[str, float
     """Train in a process of its own and return its epochs, each with the seconds it had trained by then."""
     recipe = out.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
-    subprocess.run([sys.executable, TRAIN, "--config", recipe, "--data", data, "--out", out], check=True)
+    subprocess.run([*TRAIN, "--config", recipe, "--data", data, "--out", out], check=True)
     epochs: list[dict[str, float]] = json.loads((out / "metrics.json").read_text())["epochs"]
     for row, seconds in zip(epochs, accumulate(row["training_seconds"] for row in epochs), strict=True):
         row["seconds"] = seconds

@@ -4,10 +4,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-
-from backbone.config import BackboneConfig
-from backbone.registry import find_constructor, find_library, list_backbones, origin
+from backbone.command.measurements import MeasurementCache
+from backbone.registry import list_backbones, origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,44 +31,42 @@ def find_backbones(
     provider: str | None = None,
     max_parameters: int | None = None,
     strides: Iterable[int] = (),
+    measured: bool = False,
     on_error: Callable[[str, Exception], None],
+    on_miss: Callable[[str, str], None] = lambda name, reason: None,
+    track: Callable[[list[str]], Iterable[str]] = iter,
 ) -> Iterator[Entry]:
     """Yield the backbones that pass every filter, sorted by name.
 
     Filters by size and strides build each candidate on the meta device, a tenth of a second each; without them nothing
-    is built and no plugin is imported.
+    is built and no plugin is imported. A library's models are measured once per version of the library.
 
     Args:
         pattern: Shell pattern of the names, as in ``list_backbones``.
         provider: ``built in``, ``timm`` or a plugin's package.
         max_parameters: Largest number of scalar parameters.
         strides: Strides that must be among those of the feature maps, in image pixels.
+        measured: Whether to measure without a filter, too.
         on_error: Told of each backbone that cannot be measured, such as one of a plugin that fails to import.
+        on_miss: Told of each of a library's models that has no feature maps for us, and why.
+        track: Wraps the names that are measured, such as in a progress bar.
     """
     wanted = set(strides)
-    for name in list_backbones(pattern, provider=provider):
-        if max_parameters is None and not wanted:
-            yield Entry(name, origin(name))
-            continue
-        try:
-            parameters, offered = _measure(name)
-        except Exception as error:  # a plugin's own code runs here
-            on_error(name, error)
-            continue
-        if wanted <= set(offered) and (max_parameters is None or parameters <= max_parameters):
-            yield Entry(name, origin(name), parameters, offered)
-
-
-def _measure(name: str) -> tuple[int, tuple[int, ...]]:
-    """Return number of parameters and strides."""
-    library = find_library(name)
-    if library is not None:
-        return library.measure(name)  # type: ignore[no-any-return]
-    constructor = find_constructor(name)
-    with torch.device("meta"):
-        backbone = constructor(BackboneConfig(name=name))
-    parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    return parameters, tuple(spec.stride for spec in backbone.feature_specs.values())
+    names = list_backbones(pattern, provider=provider)
+    if max_parameters is None and not wanted and not measured:
+        yield from (Entry(name, origin(name)) for name in names)
+        return
+    with MeasurementCache() as cache:
+        for name in track(names):
+            try:
+                found = cache.measure(name)
+            except Exception as error:  # a plugin's own code runs here
+                on_error(name, error)
+                continue
+            if found.refusal:
+                on_miss(name, found.refusal)
+            elif wanted <= set(found.strides) and (max_parameters is None or found.parameters <= max_parameters):
+                yield Entry(name, origin(name), found.parameters, found.strides)
 
 
 def parse_count(text: str) -> int:

@@ -1,36 +1,29 @@
-"""Measure a trained detector or segmenter: COCO AP of boxes, masks and keypoints, or mIoU; in all and by class.
-
-python tools/evaluate.py --config configs/detectors/shapes_retinanet.yaml --weights out/run/model.pth --data out/shapes
-"""
+"""Measure a trained detector or segmenter: what ``backbone evaluate`` does."""
 
 import warnings
 from pathlib import Path
-from typing import Annotated
 
 import lightning as L
-import typer
 
 from backbone.images import UnreadableImageError
 from backbone.recipe import load_detector_config
 from backbone.training.coco.annotations import read_annotations
 from backbone.training.coco.data import CocoImages, make_loader
 from backbone.training.facts import read_run
-from backbone.training.launch import Device, common_settings, console, readable_errors, require_possible, tracked
+from backbone.training.launch import common_settings, console, readable_errors, require_possible, tracked
 from backbone.training.module import DetectionModule, load_detector_state
 from backbone.training.reports import print_metrics, save_metrics, save_sheet
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command(help=__doc__)
-def main(
-    config: Annotated[Path, typer.Option(help="The detector's recipe (YAML).")],
-    weights: Annotated[Path, typer.Option(help="model.pth (or last.ckpt) of a run.")],
-    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    split: Annotated[str, typer.Option(help="Which images.")] = "val",
-    device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.AUTO,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Draw truth and predictions of the first images there.")] = None,
+def evaluate(
+    config: Path,
+    weights: Path,
+    data: Path,
+    *,
+    split: str = "val",
+    device: str = "auto",
+    json_file: Path | None = None,
+    sheet: Path | None = None,
 ) -> None:
     """Check, load, measure."""
     warnings.filterwarnings("ignore", message=".*frozen at random weights")  # they come from the file

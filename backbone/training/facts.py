@@ -105,7 +105,7 @@ def metadata_of(body: Backbone, config: DetectorConfig) -> Metadata:
         pixels = Preprocessing(config.image_mean or mean, config.image_std or std, pixels.channel_order, (0.0, 1.0))
     eps = {module.eps for module in body.modules() if hasattr(module, "running_var")}
     return Metadata(
-        "the run of tools/train.py that wrote it",
+        "the run of `backbone train` that wrote it",
         known=True,
         preprocessing=pixels,
         stride_in_1x1=config.backbone.stride_in_1x1,

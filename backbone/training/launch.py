@@ -52,13 +52,13 @@ def tracked(items: Sequence[Any], title: str) -> Iterable[Any]:
     return track(items, title, console=errors, transient=True, disable=not errors.is_terminal)
 
 
-def require_possible(config: DetectorConfig, device: Device) -> None:
+def require_possible(config: DetectorConfig, device: str) -> None:
     """Refuse what this machine or these programs cannot honour.
 
     Raises:
         ValueError: If there is something.
     """
-    if device is Device.CUDA and not torch.cuda.is_available():
+    if device == Device.CUDA and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and torch sees none; use --device cpu or auto")
     if config.train.precision == "16-mixed" and accelerator_of(device) == "cpu":
         raise ValueError("precision 16-mixed needs a CUDA device; use bf16-mixed or 32-true")
@@ -66,12 +66,12 @@ def require_possible(config: DetectorConfig, device: Device) -> None:
         raise ValueError(f"the images are read as RGB: in_channels must be 3, got {config.backbone.in_channels}")
 
 
-def accelerator_of(device: Device) -> str:
+def accelerator_of(device: str) -> str:
     """Return Lightning's name for the device."""
-    return "gpu" if device is not Device.CPU and torch.cuda.is_available() else "cpu"
+    return "gpu" if device != Device.CPU and torch.cuda.is_available() else "cpu"
 
 
-def common_settings(config: DetectorConfig, device: Device) -> dict[str, Any]:
+def common_settings(config: DetectorConfig, device: str) -> dict[str, Any]:
     """Return the settings of Lightning's trainer that training and evaluation share; quieten what it has to say."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what it found of hardware, and its tips
     for message in _NOISE:

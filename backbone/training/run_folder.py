@@ -50,7 +50,7 @@ class RunFolder:
         assert self.checkpoint is not None
         content = load_checkpoint(self.checkpoint)
         if "recipe" not in content:
-            raise ValueError(f"{self.checkpoint}: has no recipe, so it is not of tools/train.py; choose another --out")
+            raise ValueError(f"{self.checkpoint}: has no recipe, so it is of no run of ours; choose another --out")
         if isinstance(content.get(RUN_KEY), str):
             self.facts = RunFacts.from_json(content[RUN_KEY])
         before, now = dict(_flat(content["recipe"])), dict(_flat(config.model_dump(mode="json")))

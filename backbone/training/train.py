@@ -1,23 +1,9 @@
-"""Train a detector or segmenter of torchvision on any backbone, from one recipe and COCO-format data.
-
-    python tools/train.py --config configs/detectors/shapes_faster_rcnn.yaml --data out/shapes --out out/run
-    python tools/train.py --config configs/detectors/shapes_faster_rcnn.yaml --data out/shapes --out out/run --resume
-    python tools/train.py --config RECIPE.yaml --data DIR --out DIR --device cuda --devices 8 --num-nodes 2
-
---data holds train/, val/ and annotations/train.json and val.json. Into --out go last.ckpt after each epoch, and at the
-end model.pth (the detector), backbone.pth (its backbone, to start another recipe from: `weights: OUT/backbone.pth`),
-metrics.json, curves.png, sheet.png and TensorBoard's events. A run that was killed goes on with --resume from the last
-finished epoch and ends, on the CPU, with the same weights bit for bit. On several nodes all of them must see --out.
-
-Records that cannot be used are named and skipped, all of them in --out's skipped.csv; --strict refuses them, and
-`backbone check-data DIR` looks for them beforehand. What a run writes stands alone: it needs neither the weights that
-the run started from nor its data.
-"""
+"""Train a detector or segmenter of torchvision on any backbone: what ``backbone train`` does."""
 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import lightning as L
 import typer
@@ -34,7 +20,7 @@ from backbone.training.coco.data import CocoImages, make_loader
 from backbone.training.coco.summary import save_skipped
 from backbone.training.endings import EXIT_PICTURES, resumable, show
 from backbone.training.facts import metadata_of, with_facts
-from backbone.training.launch import Device, common_settings, console, readable_errors, require_possible, tracked
+from backbone.training.launch import common_settings, console, readable_errors, require_possible, tracked
 from backbone.training.module import DetectionModule, backbone_state, portable_state
 from backbone.training.parameter_groups import backbone_of
 from backbone.training.pictures import save_curves
@@ -45,7 +31,7 @@ SPLITS: Final = ("train", "val")
 
 
 def trainer_for(
-    config: DetectorConfig, out: Path, history: History, device: Device, devices: int, num_nodes: int
+    config: DetectorConfig, out: Path, history: History, device: str, devices: int, num_nodes: int
 ) -> L.Trainer:
     """Return Lightning's trainer: its strategies, precision, clipping, logging and our callbacks."""
     schedule = FreezeSchedule(config.train.freeze_schedule or {0: config.backbone.freeze_at})
@@ -90,19 +76,16 @@ def save_results(
     return [path for path in paths if path.name not in failed], failed
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command(help=__doc__)
-def main(
-    config: Annotated[Path, typer.Option(help="A detector's recipe (YAML).")],
-    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.AUTO,
-    devices: Annotated[int, typer.Option(min=1, help="Processes on each node, one for each GPU.")] = 1,
-    num_nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse data of which anything would be skipped.")] = False,
+def train(
+    config: Path,
+    data: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strict: bool = False,
 ) -> None:
     """Check all that can be checked before the first step, train, and show what came out."""
     with readable_errors(ValueError, OSError):

@@ -5,7 +5,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from backbone import Backbone, BackboneConfig, Features, build_backbone, list_backbones
+from backbone import Backbone, BackboneConfig, Features, Preprocessing, build_backbone, list_backbones
 from backbone.command.app import app
 from backbone.command.description import describe
-from backbone.command.extraction import extract_features, find_images, read_image
+from backbone.command.extraction import extract_features, read_image
+from backbone.command.photos import find_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -495,12 +496,14 @@ OUT_OF_MEMORY = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can'
 def test_photo_that_cannot_be_computed_is_named_and_the_others_finish(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, piece: str
 ) -> None:
-    def extract_small_ones(backbone: Backbone, image: Image.Image) -> Features:
-        if image.width > 64:
+    def extract_small_ones(
+        backbone: nn.Module, images: Sequence[Image.Image], preprocessing: Preprocessing
+    ) -> list[Features]:
+        if images[0].width > 64:
             raise error
-        return extract_features(backbone, image)
+        return extract_features(backbone, images, preprocessing)
 
-    monkeypatch.setattr("backbone.command.app.extract_features", extract_small_ones)
+    monkeypatch.setattr("backbone.command.extract.extract_features", extract_small_ones)
     photos = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", size=(65, 48)), photo(tmp_path / "c.png")]
     result = extract(inputs, tmp_path / "out", "--images", *photos)
     said = re.search(rf"error: {re.escape(str(photos[1]))}: .*{piece}", result.stderr)
@@ -515,7 +518,7 @@ def test_chatter_while_building_stays_out_of_stdout(
         sys.stdout.write("Downloading: weights")
         return build_backbone(config)
 
-    monkeypatch.setattr("backbone.command.app.build_backbone", build_like_torch_hub)
+    monkeypatch.setattr("backbone.command.terminal.build_backbone", build_like_torch_hub)
     result = extract(inputs, tmp_path, "--images", inputs / "photo.png")
     said = "Downloading: weights" in result.stderr
     written = [str(tmp_path / f"photo.{kind}") for kind in ("safetensors", "png")]
@@ -577,13 +580,6 @@ def test_out_that_cannot_be_written_is_refused(inputs: Path, tmp_path: Path, bel
 def test_missing_photo_is_named_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
     result = extract(inputs, tmp_path / "out", "--images", inputs / "photo.png", tmp_path / "nowhere.png")
     assert (result.exit_code, "nowhere.png" in result.stderr, (tmp_path / "out").exists()) == (2, True, False)
-
-
-def test_two_photos_of_one_stem_are_refused_with_both_names(inputs: Path, tmp_path: Path) -> None:
-    photos = [photo(tmp_path / "a.png"), photo(tmp_path / "a.jpg")]
-    result = extract(inputs, tmp_path / "out", "--images", *photos)
-    said = all(str(path) in result.stderr for path in photos)
-    assert (result.exit_code, said, (tmp_path / "out").exists()) == (2, True, False)
 
 
 def test_error_is_text_on_stderr_in_a_real_process(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ sys.path.append(str(TOOLS))
 
 from shapes.make_shapes_dataset import make_shapes_dataset  # noqa: E402
 
+from backbone.command.app import app  # noqa: E402
+
 IGNORED_WARNINGS: Final = [
     # pycocotools 2.0.11 wraps its own memory in an array class from before NumPy 2
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
@@ -59,19 +61,17 @@ def small_data(folder: Path) -> Path:
     return folder
 
 
-def invoke(program: Any, settings: dict[str, Any], data: Path, out: Path, *arguments: str) -> Result:
-    """Run a program in this process with ``settings`` as its recipe."""
+def invoke(command: str, settings: dict[str, Any], data: Path, out: Path, *arguments: str) -> Result:
+    """Run a sub-command of ``backbone`` in this process with ``settings`` as its recipe."""
     file = out.parent / f"{out.name}.yaml"
     file.write_text(yaml.safe_dump(settings))
     common = ["--config", str(file), "--data", str(data), "--device", "cpu"]
-    return CliRunner().invoke(program.app, [*common, *arguments], catch_exceptions=False)
+    return CliRunner().invoke(app, [command, *common, *arguments], catch_exceptions=False)
 
 
 def train(settings: dict[str, Any], data: Path, out: Path, *arguments: str) -> Result:
-    """Run tools/train.py in this process."""
-    from backbone.training import train as program
-
-    return invoke(program, settings, data, out, "--out", str(out), *arguments)
+    """Run ``backbone train`` in this process."""
+    return invoke("train", settings, data, out, "--out", str(out), *arguments)
 
 
 def copy_of(data: Path, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The data behind tools/train.py: what is refused, what is skipped by name, and what a target holds."""
+"""The data behind `backbone train`: what is refused, what is skipped by name, and what a target holds."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""tools/evaluate.py and the metrics: against torchmetrics, and the same after training as from the saved weights."""
+"""``backbone evaluate`` and the metrics: against torchmetrics, and from saved weights as after training."""
 
 import json
 import math
@@ -14,7 +14,6 @@ from torchmetrics.detection import MeanAveragePrecision
 
 sys.path.append(str(TOOLS))
 from backbone.recipe import DetectorConfig
-from backbone.training import evaluate
 from backbone.training.coco.annotations import Annotations, read_annotations
 from backbone.training.coco.data import CocoImages
 from backbone.training.coco.metrics import CocoMetrics
@@ -34,7 +33,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_saved_weights_measure_what_training_ended_with(run: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["--weights", str(run / "model.pth"), "--json", f"{tmp_path}/m.json", "--sheet", f"{tmp_path}/s.png"]
-    result = invoke(evaluate, recipe("mask_rcnn"), data, tmp_path / "evaluation", *arguments)
+    result = invoke("evaluate", recipe("mask_rcnn"), data, tmp_path / "evaluation", *arguments)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "m.json").read_text()) == json.loads((run / "metrics.json").read_text())["metrics"]
     assert (tmp_path / "s.png").stat().st_size > 10_000
@@ -52,7 +51,7 @@ def test_weights_that_cannot_be_loaded_are_named(case: str, data: Path, tmp_path
     prepare, message = BAD_WEIGHTS[case]
     file = tmp_path / "model.pth"
     prepare(file)
-    result = invoke(evaluate, recipe(), data, tmp_path / "evaluation", "--weights", str(file))
+    result = invoke("evaluate", recipe(), data, tmp_path / "evaluation", "--weights", str(file))
     assert result.exit_code == 2
     assert str(file) in result.stderr
     assert message in result.stderr
@@ -65,7 +64,7 @@ def test_an_image_cut_short_ends_in_one_line(num_workers: int, data: Path, run: 
     file = copy_of(data, tmp_path / "copy") / "val" / "000001.png"
     file.write_bytes(file.read_bytes()[:2000])
     settings = recipe("mask_rcnn", train={"num_workers": num_workers})
-    result = invoke(evaluate, settings, tmp_path / "copy", tmp_path / "out", "--weights", str(run / "model.pth"))
+    result = invoke("evaluate", settings, tmp_path / "copy", tmp_path / "out", "--weights", str(run / "model.pth"))
     assert result.exit_code == 2
     assert result.stderr.startswith("error: 000001.png cannot be read")
     assert "Traceback" not in result.stderr

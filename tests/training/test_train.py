@@ -1,4 +1,4 @@
-"""tools/train.py: killed, distributed, refrozen and broken runs, by the bytes they end with and by what they say."""
+"""``backbone train``: killed, distributed, refrozen and broken runs, by their bytes and by what they say."""
 
 import json
 import os
@@ -32,7 +32,8 @@ PROGRAM = """
 import os, signal, sys, torch
 sys.path.append({tools!r})
 torch.set_num_threads(1)
-from backbone.training import callbacks, train
+from backbone.command.app import main
+from backbone.training import callbacks
 from backbone.training.module import DetectionModule
 
 def die():
@@ -40,7 +41,7 @@ def die():
 
 {event}
 if __name__ == "__main__":
-    train.app()
+    main()
 """
 DIES_IN_STEP = """
 step = DetectionModule.training_step
@@ -70,15 +71,15 @@ THAWING = recipe("faster_rcnn", norm="bn", train={"epochs": 3, "freeze_schedule"
 
 
 def run_program(event: str, settings: dict[str, Any], data: Path, out: Path, *arguments: str, **env: str) -> Any:
-    """Run tools/train.py as a program of its own, with ``event`` built in."""
+    """Run ``backbone train`` as a program of its own, with ``event`` built in."""
     script, file = out.parent / f"{out.name}.py", out.parent / f"{out.name}.yaml"
     script.write_text(PROGRAM.format(tools=str(TOOLS), event=event))
     file.write_text(yaml.safe_dump(settings))
     options = ["--config", str(file), "--data", str(data), "--out", str(out), "--device", "cpu", *arguments]
     path = {"PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, str(script), *options], env={**os.environ, **path, **env}, capture_output=True, text=True,
-        timeout=300, check=False,
+        [sys.executable, str(script), "train", *options], env={**os.environ, **path, **env}, capture_output=True,
+        text=True, timeout=300, check=False,
     )  # fmt: skip
 
 

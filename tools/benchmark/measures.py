@@ -1,10 +1,7 @@
 """What tools/benchmark.py measures: time, memory, and what the machine could do at most."""
 
 import functools
-import gc
 import math
-import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +12,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from backbone.command.timing import loops_for, time_loops
+from backbone.command.timing import time_rounds as interleaved_rounds
 from benchmark.contenders import Contender
 from benchmark.networks import Case, DeviceName
-
-TIMED_SECONDS = 0.05  # at least this long per contender and round, so that the clock's grain does not count
 
 
 @dataclass(frozen=True)
@@ -108,36 +105,13 @@ def synchronize(case: Case) -> None:
         torch.cuda.synchronize()
 
 
-def time_loops(device: DeviceName, run: Callable[[], object], loops: int) -> float:
-    """Seconds per call of ``run``, by the device's own clock."""
-    if device is DeviceName.CPU:
-        start = time.perf_counter()
-        for _ in range(loops):
-            run()
-        return (time.perf_counter() - start) / loops
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    first.record()
-    for _ in range(loops):
-        run()
-    last.record()
-    torch.cuda.synchronize()
-    return float(first.elapsed_time(last)) / 1000 / loops
-
-
-def loops_for(device: DeviceName, run: Callable[[], object]) -> int:
-    """How many calls fill ``TIMED_SECONDS``; warms up, too."""
-    return math.ceil(TIMED_SECONDS / min(time_loops(device, run, 1) for _ in range(3)))
-
-
 def time_rounds(case: Case, contenders: Sequence[Contender], rounds: int, console: Console) -> None:
     """Time every contender once per round, in shuffled order."""
-    order = random.Random(0)
-    loops = {contender.name: loops_for(case.device, contender.step) for contender in contenders}
-    for _ in track(range(rounds), str(case), console=console, transient=True):
-        gc.collect()
-        for contender in order.sample(contenders, len(contenders)):
-            contender.times.append(time_loops(case.device, contender.step, loops[contender.name]))
+    steps = {contender.name: contender.step for contender in contenders}
+    timed = interleaved_rounds(case.device, steps, rounds)
+    for seconds in track(timed, str(case), total=rounds, console=console, transient=True):
+        for contender in contenders:
+            contender.times.append(seconds[contender.name])
 
 
 def memory_of(case: Case, contender: Contender) -> int | None:

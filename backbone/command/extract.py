@@ -1,0 +1,178 @@
+"""``backbone extract``: feature maps of photos, as files and as pictures."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from torch import nn
+
+from backbone.command.extraction import extract_features, read_image, resize_image
+from backbone.command.photos import name_results, refuse_overwriting
+from backbone.command.results import Format, describe_features, save_results
+from backbone.command.terminal import (
+    Device,
+    build_quietly,
+    errors,
+    make_writable,
+    one_line,
+    print_error,
+    print_note,
+    progress_bar,
+    readable_errors,
+    torch_device,
+)
+from backbone.config import BackboneConfig
+from backbone.features import Backbone
+from backbone.inference.optimize import optimize_for_inference
+from backbone.recipe import DetectorConfig
+from backbone.shipped import find_recipe, load_recipe
+
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # torch's are RuntimeErrors
+
+
+class Dtype(StrEnum):
+    """What the network computes in, and its features are stored in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def extract_command(
+    images: Annotated[list[Path], typer.Option("--images", help="Photos, or folders of photos.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")],
+    more_images: Annotated[list[Path] | None, typer.Argument(metavar="[PATHS]...", help="More photos.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe (YAML), or the name of one of the package.")] = None,
+    name: Annotated[str | None, typer.Option(help="Registered name, in place of a recipe.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights name or checkpoint; overrides the recipe's.")] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Take the folders within folders, too.")] = False,
+    shorter_side: Annotated[int | None, typer.Option(min=1, help="Resize to this shorter side, in pixels.")] = None,
+    max_size: Annotated[int | None, typer.Option(min=1, help="Longer side at most, in pixels.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Photos of one size that are computed together.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="What to compute in and to store.")] = Dtype.FLOAT32,
+    format: Annotated[Format, typer.Option(help="Of the features' files.")] = Format.SAFETENSORS,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Write the features only.")] = False,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+) -> None:
+    """Write each photo's C2-C5 as OUT/<stem>.safetensors and a picture of them as OUT/<stem>.png."""
+    with readable_errors():
+        settings = _settings(config, name, weights)
+        if format is Format.NPZ and dtype is Dtype.BFLOAT16:
+            raise ValueError("--format npz has no bfloat16; use --dtype float16, or --format safetensors")
+        stems = name_results([*images, *(more_images or [])], recursive=recursive)
+        if not no_picture:
+            refuse_overwriting(list(stems), [out / f"{stem}.png" for stem in stems.values()])
+        target = torch_device(device)
+        torch.manual_seed(0)  # without weights, the same random network each time
+        with redirect_stdout(sys.stderr):  # stdout is for the paths written; torch.hub tells of downloads there
+            model = build_quietly(settings, config).eval()
+        run = _Extraction(settings, model, _network(model, dtype).to(target), format, draw=not no_picture)
+        make_writable(out)
+    _print_notes(settings, model)
+    num_failures = 0
+    with progress_bar("extract") as bar:
+        task = bar.add_task("extract", total=len(stems))
+        for photos in _batches(list(stems), shorter_side, max_size, batch):
+            num_failures += run(photos, {photo: out / stems[photo] for photo in photos})
+            bar.advance(task, len(photos))
+    if num_failures:
+        errors.print(f"{num_failures} of {len(stems)} images failed", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _network(model: Backbone, dtype: Dtype) -> nn.Module:
+    return model if dtype is Dtype.FLOAT32 else optimize_for_inference(model, dtype=getattr(torch, dtype))
+
+
+def _settings(config: Path | None, name: str | None, weights: str | None) -> BackboneConfig:
+    if (config is None) == (name is None):
+        raise ValueError("give exactly one of --config FILE and --name NAME")
+    if config is not None:
+        recipe = load_recipe(find_recipe(config))
+        settings = recipe.backbone if isinstance(recipe, DetectorConfig) else recipe
+    else:
+        settings = BackboneConfig(name=str(name))
+    if weights is not None:
+        settings = settings.model_copy(update={"weights": weights})
+    if settings.in_channels != 3:  # noqa: PLR2004
+        raise ValueError(f"extract reads RGB photos: in_channels must be 3, got {settings.in_channels}")
+    return settings
+
+
+def _print_notes(settings: BackboneConfig, model: Backbone) -> None:
+    if settings.weights is None:
+        print_note("random weights (seed 0); for meaning, add --weights: `backbone describe` lists those that exist")
+    elif isinstance(pyramid := getattr(model, "pyramid", None), nn.Module):
+        count = sum(parameter.numel() for parameter in pyramid.parameters())
+        print_note(f"the maps come of a pyramid whose {count:,} parameters are random: no published weights have them")
+
+
+Photos = Mapping[Path, Image.Image | Exception]
+
+
+def _batches(paths: list[Path], shorter_side: int | None, max_size: int | None, batch: int) -> Iterator[Photos]:
+    """Yield photos of one size, as many as ``batch``, as soon as so many are read; one that fails comes alone."""
+    waiting: dict[tuple[int, int], dict[Path, Image.Image | Exception]] = {}
+    for path in paths:
+        try:
+            image = read_image(path)
+            if shorter_side is not None or max_size is not None:
+                image = resize_image(image, shorter_side or min(image.size), max_size)
+        except FAILURES as error:
+            yield {path: error}
+            continue
+        group = waiting.setdefault(image.size, {})
+        group[path] = image
+        if len(group) == batch:
+            yield waiting.pop(image.size)
+    yield from waiting.values()
+
+
+class _Extraction:
+    """Computes and writes what one batch gives; tells of each photo that fails."""
+
+    def __init__(
+        self, settings: BackboneConfig, model: Backbone, network: nn.Module, format: Format, *, draw: bool
+    ) -> None:
+        self.settings, self.model, self.network, self.format, self.draw = settings, model, network, format, draw
+
+    def __call__(self, photos: Photos, results: Mapping[Path, Path]) -> int:
+        """Return how many failed; a batch that fails as a whole is tried photo by photo."""
+        try:
+            images = [_readable(image) for image in photos.values()]
+            features = extract_features(self.network, images, self.model.preprocessing)
+        except FAILURES as error:
+            if len(photos) > 1:
+                return sum(self({path: image}, results) for path, image in photos.items())
+            return _tell(error, *photos)
+        failures = 0
+        for path, image, found in zip(photos, images, features, strict=True):
+            kept = {name: found[name] for name in self.model.feature_specs}
+            facts = describe_features(self.settings, self.model, image, path)
+            drawn, specs = image if self.draw else None, self.model.feature_specs
+            try:
+                written = save_results(
+                    results[path], kept, facts, format=self.format, picture_of=drawn, specs=specs
+                )  # fmt: skip
+            except FAILURES as error:
+                failures += _tell(error, path)
+            else:
+                print(*written, sep="\n")
+        return failures
+
+
+def _readable(image: Image.Image | Exception) -> Image.Image:
+    if isinstance(image, Exception):
+        raise image
+    return image
+
+
+def _tell(error: Exception, path: Path) -> int:
+    print_error(one_line(error, path))
+    return 1

@@ -1,6 +1,0 @@
-"""Measure a trained detector or segmenter; ``--help`` tells how. All of it is in ``backbone.training``."""
-
-from backbone.training.evaluate import app
-
-if __name__ == "__main__":
-    app()
