@@ -80,6 +80,25 @@ class TrainConfig(StrictModel):
     horizontal_flip: Annotated[float, Field(ge=0, le=1, strict=False), rule("must be 0 to 1")] = Field(
         default=0.5, description="Probability that a training image is mirrored."
     )
+    scale_jitter: Annotated[
+        tuple[Annotated[float, Field(gt=0, strict=False)], Annotated[float, Field(gt=0, strict=False)]] | None,
+        Field(strict=False),
+        rule("must be null or two factors above 0, such as [0.1, 2.0]"),
+    ] = Field(
+        default=None,
+        description="Large-scale jitter of a detector's training images: each is resized by a factor between the two "
+        "and cropped or padded to a square of min_size.",
+    )
+    ema_decay: Annotated[float | None, Field(ge=0, lt=1, strict=False), rule("must be null or 0 to below 1")] = Field(
+        default=None,
+        description="Exponential moving average of the weights after each step, such as 0.999: it is what is measured "
+        "and written.",
+    )
+    start_from: Annotated[str | None, rule("must be null or the path of a detector's weights")] = Field(
+        default=None,
+        description="model.pth of another run, or torchvision's weights of the same detector, to fine-tune from. "
+        "Heads keep the rows of classes of the same name.",
+    )
     validate_every: PositiveInt = Field(default=1, description="Epochs from one validation to the next.")
     num_workers: Annotated[int, Field(ge=0), rule("must be an integer of at least 0")] = Field(
         default=2, description="Processes that read images."
@@ -198,6 +217,7 @@ class DetectorConfig(StrictModel):
             )
         self._refuse_settings_of_wrong_length()
         self._refuse_impossible_freezing()
+        self._refuse_impossible_jitter()
         return self
 
     def _refuse_settings_of_wrong_length(self) -> None:
@@ -205,6 +225,20 @@ class DetectorConfig(StrictModel):
             values, in_channels = getattr(self, key), self.backbone.in_channels
             if values is not None and len(values) != in_channels:
                 raise ValueError(f"{key} must have one value for each of {in_channels} in_channels, got {list(values)}")
+
+    def _refuse_impossible_jitter(self) -> None:
+        scale = self.train.scale_jitter
+        if scale is None:
+            return
+        if self.detector in SEGMENTERS:
+            raise ValueError(f"scale_jitter is for detectors, got {self.detector}; give several min_size instead")
+        if scale[0] > scale[1]:
+            raise ValueError(f"scale_jitter must be the smaller factor and the larger one, got {list(scale)}")
+        if len(self.min_size) > 1 or self.min_size[0] > self.max_size:
+            raise ValueError(
+                f"scale_jitter makes squares of one min_size, at most max_size, got min_size {list(self.min_size)} and "
+                f"max_size {self.max_size}; give one min_size"
+            )
 
     def _refuse_impossible_freezing(self) -> None:
         schedule, freeze_at = self.train.freeze_schedule, self.backbone.freeze_at

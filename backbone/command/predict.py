@@ -66,12 +66,18 @@ def predict_command(
                     print(picture)
     with readable_errors(OSError):
         file = out / "predictions.json"
-        text = json.dumps(predictions.content, indent=1) + "\n"
-        write_atomically(file, lambda draft: Path.write_text(draft, text) and None)
+        _write_json(predictions.content, file)
     print(file)
     if num_failures:
         errors.print(f"{num_failures} of {len(stems)} images failed", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    def write(draft: Path) -> None:
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+
+    write_atomically(path, write)
 
 
 def _load(weights: Path, config: Path | None, device: torch.device) -> tuple[Any, Any]:

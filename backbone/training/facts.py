@@ -90,11 +90,16 @@ def rebuild_detector(config: DetectorConfig, facts: RunFacts) -> nn.Module:
     with warnings.catch_warnings():  # its weights come from the file
         warnings.filterwarnings("ignore", message=".*frozen at random weights")
         detector = build_detector(fresh)
+    adopt_facts(detector, config, facts)
+    return detector
+
+
+def adopt_facts(detector: nn.Module, config: DetectorConfig, facts: RunFacts) -> None:
+    """Let a detector expect the images, and its norms have the eps, that a run's weights were trained with."""
     expect_images(detector, config, facts.preprocessing)
     for name, norm in detector.named_modules():
         if name in facts.eps and hasattr(norm, "running_var"):
             norm.eps = facts.eps[name]
-    return detector
 
 
 def metadata_of(body: Backbone, config: DetectorConfig) -> Metadata:

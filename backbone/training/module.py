@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision.transforms import v2
 
+from backbone.features import Backbone
 from backbone.hosts.torchvision import build_detector, unit_statistics
 from backbone.recipe import SEGMENTERS, DetectorConfig
 from backbone.training.coco.annotations import Annotations
@@ -85,7 +86,7 @@ class DetectionModule(L.LightningModule):
         """Return losses by name in training; otherwise detections, or a segmenter's ``{"out": (N, classes, H, W)}``."""
         if not self.is_segmenter:
             return self.detector(images, targets)
-        batch = self._normalised(images)
+        batch = normalised(backbone_of(self.detector), self.config, images)
         if self.config.train.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         outputs = self.detector(batch)
@@ -94,14 +95,6 @@ class DetectionModule(L.LightningModule):
         classes = padded([target["classes"] for target in targets], IGNORED)
         losses = {f"loss_{name}": F.cross_entropy(out, classes, ignore_index=IGNORED) for name, out in outputs.items()}
         return {name: loss * (AUX_WEIGHT if name == "loss_aux" else 1.0) for name, loss in losses.items()}
-
-    def _normalised(self, images: Sequence[Tensor]) -> Tensor:
-        """Return a batch as the weights expect it, padded with what is zero after normalising."""
-        preprocessing = backbone_of(self.detector).preprocessing
-        mean, std = unit_statistics(preprocessing, self.config.backbone.in_channels)
-        normalise = v2.Normalize(list(self.config.image_mean or mean), list(self.config.image_std or std))
-        flipped = preprocessing.channel_order == "bgr"
-        return padded([normalise(image.flip(0) if flipped else image) for image in images], 0.0)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the sum of the losses; stop where it is no number."""
@@ -178,6 +171,15 @@ class DetectionModule(L.LightningModule):
         for saved, group in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, strict=True):
             saved |= {"initial_lr": group["lr"], "lr": group["lr"] * factor, "weight_decay": group["weight_decay"]}
         checkpoint["lr_schedulers"][0]["base_lrs"] = [group["lr"] for group in groups]
+
+
+def normalised(backbone: Backbone, config: DetectorConfig, images: Sequence[Tensor]) -> Tensor:
+    """Return a segmenter's batch as its weights expect it, padded with what is zero after normalising."""
+    preprocessing = backbone.preprocessing
+    mean, std = unit_statistics(preprocessing, config.backbone.in_channels)
+    normalise = v2.Normalize(list(config.image_mean or mean), list(config.image_std or std))
+    flipped = preprocessing.channel_order == "bgr"
+    return padded([normalise(image.flip(0) if flipped else image) for image in images], 0.0)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

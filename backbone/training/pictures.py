@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
@@ -14,6 +16,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 PALETTE: Final = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000")
 MIN_SCORE: Final = 0.5
 FONT: Final = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+FONT_SIZE: Final = 18  # pixels
 SIDE: Final = 320
 """Shorter side of a picture on the sheet, in pixels."""
 
@@ -72,8 +75,17 @@ def draw_sheet(
     figure.savefig(path, dpi=100)
 
 
-def draw(image: Tensor, found: Mapping[str, Any], class_names: Mapping[int, str]) -> Tensor:
-    """Return the image (3, H, W), enlarged, with boxes, masks, keypoints or classes drawn on it, as uint8."""
+def draw(
+    image: Tensor, found: Mapping[str, Any], class_names: Mapping[int, str], *, min_score: float = MIN_SCORE
+) -> Tensor:
+    """Return the image (3, H, W), enlarged, with boxes, masks, keypoints or classes drawn on it, as uint8.
+
+    Args:
+        image: RGB, of 0 to 1.
+        found: What a target or a detector's answer holds.
+        class_names: By label.
+        min_score: Objects with less are left out.
+    """
     factor = max(1.0, SIDE / min(image.shape[-2:]))
     size = [round(side * factor) for side in image.shape[-2:]]
     canvas: Tensor = (v2.functional.resize(image, size, antialias=True).clamp(0, 1) * 255).to(torch.uint8)
@@ -82,14 +94,29 @@ def draw(image: Tensor, found: Mapping[str, Any], class_names: Mapping[int, str]
         labels = list(class_names)
         masks = torch.stack([classes == label for label in labels])
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.6, colors=colors_of(labels))
+        canvas = _draw_legend(canvas, {label: class_names[label] for label in labels if (classes == label).any()})
     else:
-        canvas = _draw_objects(canvas, found, class_names, factor)
+        canvas = _draw_objects(canvas, found, class_names, factor, min_score)
     return canvas
 
 
-def _draw_objects(canvas: Tensor, found: Mapping[str, Any], class_names: Mapping[int, str], factor: float) -> Tensor:
+def _draw_legend(canvas: Tensor, names: Mapping[int, str]) -> Tensor:
+    """Write which color is which class into the upper left corner."""
+    picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
+    pen, font, top = ImageDraw.Draw(picture), ImageFont.truetype(FONT, FONT_SIZE), 4
+    for color, name in zip(colors_of(list(names)), names.values(), strict=True):
+        left, upper, right, lower = pen.textbbox((10, top), name, font)
+        pen.rectangle((left - 4, upper - 3, right + 4, lower + 3), fill=color)
+        pen.text((10, top), name, fill="white", font=font)
+        top += FONT_SIZE + 8
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _draw_objects(
+    canvas: Tensor, found: Mapping[str, Any], class_names: Mapping[int, str], factor: float, min_score: float
+) -> Tensor:
     """Draw what is on an image that was enlarged by ``factor``; of predictions only those with enough score."""
-    kept = found["scores"] >= MIN_SCORE if "scores" in found else torch.ones(len(found["labels"]), dtype=torch.bool)
+    kept = found["scores"] >= min_score if "scores" in found else torch.ones(len(found["labels"]), dtype=torch.bool)
     labels = found["labels"][kept].tolist()
     if not labels:
         return canvas
@@ -101,7 +128,7 @@ def _draw_objects(canvas: Tensor, found: Mapping[str, Any], class_names: Mapping
         masks = v2.functional.resize(masks, list(canvas.shape[-2:])) >= 0.5
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colors_of(labels))
     canvas = draw_bounding_boxes(
-        canvas, found["boxes"][kept] * factor, titles, colors_of(labels), width=3, font=FONT, font_size=18,
+        canvas, found["boxes"][kept] * factor, titles, colors_of(labels), width=3, font=FONT, font_size=FONT_SIZE,
         label_colors=["white"] * len(labels), fill_labels=True,
     )  # fmt: skip
     if "keypoints" in found:

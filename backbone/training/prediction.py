@@ -14,6 +14,7 @@ from backbone.recipe import SEGMENTERS, DetectorConfig
 from backbone.training.coco.data import resized
 from backbone.training.facts import RunFacts
 from backbone.training.module import normalised
+from backbone.training.parameter_groups import backbone_of
 
 Found = dict[str, Tensor]
 """boxes (N, 4), labels, scores, masks (N, 1, H, W), keypoints (N, K, 3); a segmenter's classes (H, W)."""
@@ -30,7 +31,7 @@ class Predictor:
 
     def __init__(self, detector: nn.Module, config: DetectorConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.backbone = detector.backbone
+        self.backbone = backbone_of(detector)
         self.detector = optimize_for_inference(detector.to(device))
 
     @torch.inference_mode()

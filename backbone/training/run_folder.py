@@ -13,7 +13,9 @@ from backbone.training.facts import RUN_KEY, RunFacts
 
 CHECKPOINT: Final = "last"
 MAY_CHANGE: Final = ("train.", "min_size", "max_size", "backbone.freeze_at", "backbone.checkpoint_stages")
-"""Settings that the recipe may have changed in when a run goes on; the optimizer apart, whose state would not fit."""
+"""Settings that the recipe may have changed in when a run goes on."""
+MUST_STAY: Final = ("train.optimizer", "train.ema_decay")
+"""Of these, the ones whose state would not fit."""
 
 
 class RunFolder:
@@ -56,7 +58,7 @@ class RunFolder:
         before, now = dict(_flat(content["recipe"])), dict(_flat(config.model_dump(mode="json")))
         changed = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
         lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed}
-        fixed = [key for key in changed if not key.startswith(MAY_CHANGE) or key == "train.optimizer"]
+        fixed = [key for key in changed if not key.startswith(MAY_CHANGE) or key in MUST_STAY]
         if fixed:
             raise ValueError(
                 f"--resume goes on with the same detector and optimizer, but the recipe changed in "

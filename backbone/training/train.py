@@ -14,12 +14,14 @@ from backbone import FreezeSchedule
 from backbone.images import UnreadableImageError
 from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
 from backbone.training.advice import data_notes, warm_up_note, warn_if_frozen_at_random
+from backbone.training.averaging import AveragedWeights
 from backbone.training.callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
 from backbone.training.coco.annotations import read_annotations, require_same_categories
 from backbone.training.coco.data import CocoImages, make_loader
 from backbone.training.coco.summary import save_skipped
 from backbone.training.endings import EXIT_PICTURES, resumable, show
 from backbone.training.facts import metadata_of, with_facts
+from backbone.training.fine_tuning import start_from
 from backbone.training.launch import common_settings, console, readable_errors, require_possible, tracked
 from backbone.training.module import DetectionModule, backbone_state, portable_state
 from backbone.training.parameter_groups import backbone_of
@@ -36,6 +38,7 @@ def trainer_for(
     """Return Lightning's trainer: its strategies, precision, clipping, logging and our callbacks."""
     schedule = FreezeSchedule(config.train.freeze_schedule or {0: config.backbone.freeze_at})
     checkpoint = ModelCheckpoint(out, CHECKPOINT, save_on_train_epoch_end=True, enable_version_counter=False)
+    averaging = [] if config.train.ema_decay is None else [AveragedWeights(config.train.ema_decay)]
     bars = [RichProgressBar()] if console.is_terminal else []
     return L.Trainer(
         **common_settings(config, device),
@@ -47,7 +50,7 @@ def trainer_for(
         check_val_every_n_epoch=config.train.validate_every,
         log_every_n_steps=1,
         logger=TensorBoardLogger(out, name=None, version="tensorboard"),
-        callbacks=[FreezeByEpoch(schedule, console), history, checkpoint, *bars],
+        callbacks=[FreezeByEpoch(schedule, console), *averaging, history, checkpoint, *bars],
         plugins=[AtomicCheckpointIO()],
     )
 
@@ -74,6 +77,13 @@ def save_results(
     }
     failed = show(steps)
     return [path for path in paths if path.name not in failed], failed
+
+
+def start(module: DetectionModule, config: DetectorConfig, class_names: Mapping[int, str]) -> list[str]:
+    """Load what the recipe starts from, if anything, and return what there is to say of it."""
+    if config.train.start_from is None:
+        return []
+    return [str(start_from(module.detector, Path(config.train.start_from), config, class_names))]
 
 
 def train(
@@ -111,8 +121,9 @@ def train(
             trained_on=splits,
             facts=run.facts,
         )
+        started = start(module, recipe, class_names) if not run.checkpoint else []
         if trainer.is_global_zero:  # nothing is written before all that can be checked has been
-            console.print("\n".join(each.summary() for each in splits.values()))
+            console.print("\n".join([*(each.summary() for each in splits.values()), *started]))
             run.begin(config, console)
             save_skipped({each.file: each.skipped for each in splits.values()}, out / "skipped.csv")
             for note in filter(None, [*notes, warm_up_note(recipe.train, len(loaders["train"]))]):

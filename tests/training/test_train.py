@@ -67,7 +67,11 @@ KILLS = {
     "in epoch 1, after a step of the schedule": DIES_IN_STEP.format(step=6),
     "while the second checkpoint is written": DIES_WHILE_WRITING,
 }
-THAWING = recipe("faster_rcnn", norm="bn", train={"epochs": 3, "freeze_schedule": {0: 2, 1: 0}})
+THAWING = recipe(
+    "faster_rcnn",
+    norm="bn",
+    train={"epochs": 3, "freeze_schedule": {0: 2, 1: 0}, "ema_decay": 0.8, "scale_jitter": [0.5, 2.0]},
+)
 
 
 def run_program(event: str, settings: dict[str, Any], data: Path, out: Path, *arguments: str, **env: str) -> Any:
@@ -213,6 +217,7 @@ def state_of(module: Any) -> dict[str, Tensor]:
 REFUSED_AT_RESUME: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "num_classes": (lambda settings: settings["backbone"].update(norm="bn"), "changed in backbone.norm: gn -> bn"),
     "pyramid": (lambda settings: settings.update(pyramid={"out_channels": 16}), "pyramid.out_channels: 8 -> 16"),
+    "average": (lambda settings: settings["train"].update(ema_decay=0.9), "train.ema_decay: None -> 0.9"),
     "optimizer": (lambda settings: settings["train"].update(optimizer="adamw"), "train.optimizer: sgd -> adamw"),
 }
 

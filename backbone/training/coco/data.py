@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from backbone.images import UnreadableImageError, read_image
 from backbone.recipe import SEGMENTERS, DetectorConfig
 from backbone.training.coco.annotations import NEEDS_KEYPOINTS, NEEDS_MASKS, Annotations
+from backbone.training.scale_jitter import jitter_scale
 
 Target: TypeAlias = dict[str, Any]
 Batch: TypeAlias = tuple[list[Tensor], list[Target]]
@@ -41,7 +42,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
     Args:
         annotations: The cleaned split.
         config: The recipe, which tells what to load.
-        train: Whether to augment: a horizontal flip and, of a segmenter's sizes, one at random.
+        train: Whether to augment: a horizontal flip, large-scale jitter, of a segmenter's sizes one at random.
     """
 
     def __init__(self, annotations: Annotations, config: DetectorConfig, *, train: bool) -> None:
@@ -72,6 +73,9 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         if self.train and chance.random() < self.config.train.horizontal_flip:
             image, target = self._flip(image, target)
         image, target = v2.ClampBoundingBoxes()(image, target)
+        if self.train and self.config.train.scale_jitter is not None:
+            side = self.config.min_size[0]
+            image, target = jitter_scale(image, target, chance, self.config.train.scale_jitter, side)
         if self.config.detector in SEGMENTERS:
             side = int(chance.choice(self.config.min_size)) if self.train else self.config.min_size[-1]
             size = resized(v2.functional.get_size(image), side, self.config.max_size)
