@@ -31,8 +31,9 @@ class Measurement:
 
 
 def cache_folder() -> Path:
-    """Return where this package keeps what can be had again: ``$XDG_CACHE_HOME/backbone``, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "backbone"
+    """Return where this package keeps what can be had again: ``$BACKBONE_CACHE``, by default ~/.cache/backbone."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "backbone"
+    return Path(os.environ.get("BACKBONE_CACHE") or default)
 
 
 class MeasurementCache:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
+from PIL import Image
 
 from backbone.command.extract import FAILURES
 from backbone.command.extraction import read_image
@@ -105,9 +107,6 @@ def _load(weights: Path, config: Path | None, device: torch.device) -> tuple[Any
 
 def _predict(photo: Path, predictor: Any, predictions: Any, min_score: float, picture: Path | None) -> None:  # noqa: ANN401
     """Add what is found on one photo, and draw it; a photo whose picture fails is not added either."""
-    import numpy as np
-    from torchvision.io import write_png
-
     from backbone.training.pictures import draw
     from backbone.training.prediction import above
 
@@ -115,8 +114,8 @@ def _predict(photo: Path, predictor: Any, predictions: Any, min_score: float, pi
     found = above(predictor(image), min_score)
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        drawn = draw(image, found, predictions.names, min_score=min_score)
-        write_atomically(picture, lambda draft: write_png(drawn, str(draft)))
+        drawn = Image.fromarray(draw(image, found, predictions.names, min_score=min_score).permute(1, 2, 0).numpy())
+        write_atomically(picture, lambda draft: drawn.save(draft, format="png"))
     predictions.add(str(photo), (image.shape[1], image.shape[2]), found)
 
 

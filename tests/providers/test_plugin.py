@@ -1,8 +1,10 @@
 """The example plugin, installed by pip as a third party's package would be, and a broken one beside it."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from backbone.hosts.torchvision import build_detector
 from backbone.recipe import DetectorConfig
 from backbone.registry import find_constructor, origin
 
+os.environ.setdefault("BACKBONE_CACHE", tempfile.mkdtemp())  # what is measured of timm's models is no user's
 EXAMPLE = Path(__file__).parent / "example_plugin"
 NAME = "tiny_pyramid_net"
 ORIGIN = "example-plugin (example_plugin:build)"
