@@ -5,12 +5,15 @@ from typing import Annotated, Final
 
 import typer
 
+from backbone.command.terminal import import_training
+from backbone.shipped import find_recipe
+
 SPLITS: Final = ("train", "val")
 
 
 def check_data_command(
     data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with train/, val/ and annotations/*.json.")],
-    config: Annotated[Path | None, typer.Option(help="A detector's recipe (YAML) that the data must fit.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe (file or the package's) that the data must fit.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if anything would be skipped.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for skipped.csv and a picture of each split; made if need be.")
@@ -23,11 +26,12 @@ def check_data_command(
     from backbone.training.launch import console, readable_errors, tracked  # training's libraries take seconds
 
     with readable_errors(ValueError, OSError, ImportError):
+        import_training()
         from backbone.recipe import load_detector_config
         from backbone.training.coco.annotations import read_annotations, require_same_categories
         from backbone.training.coco.summary import save_skipped
 
-        recipe = load_detector_config(config) if config else None
+        recipe = load_detector_config(find_recipe(config)) if config else None
         found = {split: read_annotations(data, split, recipe, track=tracked) for split in _splits_of(data)}
         for annotations in found.values():
             console.print(annotations.summary())

@@ -23,7 +23,6 @@ from test_train import weights_of
 from backbone import BackboneConfig, build_backbone, inspect_weights
 from backbone.features import Preprocessing
 from backbone.recipe import DetectorConfig
-from backbone.training import evaluate
 from backbone.training.callbacks import save_atomically
 from backbone.training.coco.annotations import read_annotations, require_same_categories
 from backbone.training.facts import RunFacts, read_run, rebuild_detector
@@ -107,7 +106,7 @@ def test_a_finished_run_is_measured_without_what_it_started_from(
 ) -> None:
     run, odd, settings, _ = alone
     result = invoke(
-        evaluate, settings, odd, tmp_path / "e", "--weights", str(run / name), "--json", str(tmp_path / "m.json")
+        "evaluate", settings, odd, tmp_path / "e", "--weights", str(run / name), "--json", str(tmp_path / "m.json")
     )
     assert result.exit_code == 0, result.output
     measured = json.loads((tmp_path / "m.json").read_text())
@@ -127,7 +126,7 @@ def test_classes_in_another_order_are_measured_by_their_names(
 
     turned = renamed(odd, tmp_path / "turned", turn)
     arguments = ["--weights", str(run / "model.pth"), "--json", str(tmp_path / "m.json")]
-    assert invoke(evaluate, settings, turned, tmp_path / "e", *arguments).exit_code == 0
+    assert invoke("evaluate", settings, turned, tmp_path / "e", *arguments).exit_code == 0
     measured = json.loads((tmp_path / "m.json").read_text())
     before = json.loads((run / "metrics.json").read_text())["metrics"]
     assert measured == pytest.approx(before, nan_ok=True)
@@ -137,7 +136,7 @@ def test_weights_of_other_classes_are_refused_with_both_names(
     alone: tuple[Path, Path, Any, str], data: Path, tmp_path: Path
 ) -> None:
     run, _, settings, _ = alone
-    result = invoke(evaluate, settings, data, tmp_path / "e", "--weights", str(run / "model.pth"))
+    result = invoke("evaluate", settings, data, tmp_path / "e", "--weights", str(run / "model.pth"))
     assert result.exit_code == 2
     assert "trained on, vehicle/car, dog[/old], [dog], $x_{; it has circle, square, triangle, star" in result.stderr
 
@@ -190,14 +189,15 @@ def test_a_run_does_not_go_on_with_other_classes_and_tells_of_other_data(
 
 def test_the_backbone_alone_given_as_weights_is_named(alone: tuple[Path, Path, Any, str], tmp_path: Path) -> None:
     run, odd, settings, _ = alone
-    result = invoke(evaluate, settings, odd, tmp_path / "e", "--weights", str(run / "backbone.pth"))
+    result = invoke("evaluate", settings, odd, tmp_path / "e", "--weights", str(run / "backbone.pth"))
     assert result.exit_code == 2
     assert "is a backbone without its detector; give model.pth beside it" in result.stderr
 
 
 def test_weights_that_do_not_fit_take_no_page_to_say_so(alone: tuple[Path, Path, Any, str], tmp_path: Path) -> None:
     run, odd, settings, _ = alone
-    result = invoke(evaluate, {**settings, "num_classes": 9}, odd, tmp_path / "e", "--weights", str(run / "last.ckpt"))
+    weights = ["--weights", str(run / "last.ckpt")]
+    result = invoke("evaluate", {**settings, "num_classes": 9}, odd, tmp_path / "e", *weights)
     assert result.exit_code == 2
     assert "last.ckpt: does not fit the recipe's detector" in result.stderr
     assert len(result.stderr) < 900
@@ -273,7 +273,7 @@ def test_a_run_on_a_full_disk_names_its_last_checkpoint_and_resume(
 def test_ctrl_c_ends_with_a_message_that_names_resume(data: Path, tmp_path: Path) -> None:
     settings, out = recipe(train={"epochs": 500}), tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    program = [sys.executable, str(ROOT / "tools" / "train.py"), "--config", str(tmp_path / "recipe.yaml")]
+    program = [sys.executable, "-m", "backbone", "train", "--config", str(tmp_path / "recipe.yaml")]
     program += ["--data", str(data), "--out", str(out), "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
