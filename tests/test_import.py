@@ -32,6 +32,7 @@ library = sorted(sys.modules)
 names = backbone.list_backbones()
 listing = "{PLUGIN}" in sys.modules
 import backbone.command.app
+import backbone.training
 print(json.dumps(dict(
     library=library, command=sorted(sys.modules), names=names, imported_by_listing=listing,
     same_state=before == after, torch_seconds=torch_seconds, backbone_seconds=backbone_seconds,

@@ -102,6 +102,7 @@ def _describe_stages(
     report = freeze_report(backbone)
     stages = []
     for name, modules in backbone.stages.items():
+        paths = backbone.stage_modules[name]
         convs = [m for m in modules.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
         shape = maps.get(name)
         stages.append(
@@ -113,7 +114,7 @@ def _describe_stages(
                 dilations=tuple(dict.fromkeys(int(max(conv.dilation)) for conv in convs)) or (1,),
                 size=(shape[2], shape[3]) if shape else None,
                 parameters=report[name].parameters,
-                multiply_adds=sum(_count(backbone, path, operations) for path in backbone.stage_modules[name]) // 2,
+                multiply_adds=sum(_count(backbone.get_submodule(path), path, operations) for path in paths) // 2,
                 frozen=report[name].frozen,
             )
         )
@@ -205,9 +206,8 @@ def _only_holds_blocks(module: nn.Module) -> bool:
     return all(num_blocks(child) for child in module.children())
 
 
-def _count(backbone: Backbone, path: str, operations: Mapping[str, int]) -> int:
-    """Return the operations of a module; those of its children where it is only a container."""
+def _count(module: nn.Module, path: str, operations: Mapping[str, int]) -> int:
+    """Return the operations of the module at ``path``; those of its children where it is only a container."""
     if path in operations:
         return operations[path]
-    children = backbone.get_submodule(path).named_children()
-    return sum(_count(backbone, f"{path}.{name}", operations) for name, _ in children)
+    return sum(_count(child, f"{path}.{name}", operations) for name, child in module.named_children())

@@ -14,6 +14,7 @@ from torch import nn
 
 from backbone.command.extraction import extract_features, read_image, resize_image
 from backbone.command.photos import name_results, refuse_overwriting
+from backbone.command.published import published_weights
 from backbone.command.results import Format, describe_features, save_results
 from backbone.command.terminal import (
     Device,
@@ -107,7 +108,9 @@ def _settings(config: Path | None, name: str | None, weights: str | None) -> Bac
 
 def _print_notes(settings: BackboneConfig, model: Backbone) -> None:
     if settings.weights is None:
-        print_note("random weights (seed 0); for meaning, add --weights: `backbone describe` lists those that exist")
+        published = published_weights(settings.name)
+        choice = published[0].name if published else "FILE"
+        print_note(f"random weights (seed 0); for meaning, add --weights {choice}")
     elif isinstance(pyramid := getattr(model, "pyramid", None), nn.Module):
         count = sum(parameter.numel() for parameter in pyramid.parameters())
         print_note(f"the maps come of a pyramid whose {count:,} parameters are random: no published weights have them")

@@ -411,7 +411,8 @@ def test_same_seed_gives_the_same_random_network(inputs: Path, tmp_path: Path) -
 
 
 def test_random_weights_are_pointed_out(inputs: Path, tmp_path: Path) -> None:
-    assert "random weights" in extract(inputs, tmp_path, "--images", inputs / "photo.png").stderr
+    said = extract(inputs, tmp_path, "--images", inputs / "photo.png").stderr
+    assert "random weights (seed 0); for meaning, add --weights IMAGENET1K_V1\n" in said  # resnet18 has no V2
 
 
 def test_several_photos_may_follow_images(inputs: Path, tmp_path: Path) -> None:

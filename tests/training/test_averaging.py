@@ -25,7 +25,7 @@ def averaged(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     for name in ("save_sheet", "save_curves"):
         monkeypatch.setattr(f"backbone.training.train.{name}", lambda *_: None)
     settings = recipe("retinanet", norm="bn", train={"ema_decay": DECAY, "learning_rate": 0.01, "validate_every": 1})
-    settings["backbone"]["freeze_at"] = 2
+    settings["train"]["freeze_schedule"] = {0: 3, 1: 2}  # C3 thaws on the way
     assert train(settings, data, tmp_path / "run").exit_code == 0
     return steps, torch.load(tmp_path / "run" / "model.pth")
 
