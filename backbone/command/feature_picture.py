@@ -52,7 +52,7 @@ def save_picture(image: Image.Image, features: Features, specs: Mapping[str, Fea
         panel.set_title(title, color=ink, fontsize=11, linespacing=1.5)
         panel.axis("off")
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.62 / figure.get_size_inches()[1], wspace=0.03)
-    figure.savefig(path, format="png", dpi=_PICTURE_DPI)
+    figure.savefig(path, format="png", dpi=_PICTURE_DPI, pil_kwargs={"compress_level": 1})
 
 
 def pca_colours(feature: Tensor) -> NDArray[np.float32]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from backbone.training.coco.metrics import CocoMetrics
     from backbone.training.fine_tuning import StartReport, start_from
     from backbone.training.module import DetectionModule
-    from backbone.training.parameter_groups import parameter_groups
     from backbone.training.pictures import draw, draw_sheet, save_curves
     from backbone.training.prediction import CocoPredictions, Predictor
     from backbone.training.scale_jitter import jitter_scale
@@ -36,7 +35,6 @@ _HOMES = {
     "StartReport": "fine_tuning",
     "start_from": "fine_tuning",
     "DetectionModule": "module",
-    "parameter_groups": "parameter_groups",
     "draw": "pictures",
     "draw_sheet": "pictures",
     "save_curves": "pictures",
@@ -44,7 +42,8 @@ _HOMES = {
     "Predictor": "prediction",
     "jitter_scale": "scale_jitter",
 }
-"""Public name -> the module that has it; ``train.train`` and ``evaluate.evaluate`` are called as their modules."""
+"""Public name -> the module that has it; ``train.train``, ``evaluate.evaluate`` and
+``parameter_groups.parameter_groups`` are called as their modules."""
 _LIBRARIES = ("lightning", "torchmetrics", "pycocotools", "tensorboard")
 
 __all__ = [
@@ -63,7 +62,6 @@ __all__ = [
     "draw_sheet",
     "jitter_scale",
     "make_loader",
-    "parameter_groups",
     "read_annotations",
     "save_curves",
     "start_from",

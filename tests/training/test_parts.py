@@ -15,7 +15,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
-        _ = training.Trainer  # type: ignore[attr-defined]
+        _ = training.Trainer
 
 
 def test_without_lightning_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
