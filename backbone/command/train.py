@@ -26,6 +26,10 @@ def train_command(
     OUT/backbone.pth`), metrics.json, curves.png, sheet.png and TensorBoard's events. A run that was killed goes on with
     --resume from the last finished epoch and ends, on the CPU, with the same weights bit for bit. On several nodes all
     of them must see --out.
+
+    Records that cannot be used are named and skipped, all of them in --out's skipped.csv; --strict refuses them, and
+    `backbone check-data DIR` looks for them beforehand. What a run writes stands alone: it needs neither the weights
+    that the run started from nor its data.
     """
     with readable_errors():
         recipe = find_recipe(config)
