@@ -10,9 +10,11 @@ from backbone.shipped import find_recipe
 
 
 def evaluate_command(
-    config: Annotated[Path, typer.Option(help="The detector's recipe (YAML), or the name of one of the package.")],
     weights: Annotated[Path, typer.Option(help="model.pth (or last.ckpt) of a run.")],
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    config: Annotated[
+        Path | None, typer.Option(help="The detector's recipe; by default the one that the weights carry.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Which images.")] = "val",
     device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.AUTO,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
@@ -20,7 +22,7 @@ def evaluate_command(
 ) -> None:
     """Measure a trained detector or segmenter: COCO AP of boxes, masks and keypoints, or mIoU; in all and by class."""
     with readable_errors():
-        recipe = find_recipe(config)
+        recipe = None if config is None else find_recipe(config)
         import_training()
     from backbone.training.evaluate import evaluate
 

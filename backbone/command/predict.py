@@ -84,18 +84,12 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
 
 def _load(weights: Path, config: Path | None, device: torch.device) -> tuple[Any, Any]:
     """Return the predictor, and where its predictions are collected."""
-    from backbone.recipe import load_detector_config
-    from backbone.training.facts import read_run, rebuild_detector
+    from backbone.training.facts import read_run, rebuild_detector, recipe_of
     from backbone.training.module import load_detector_state
     from backbone.training.prediction import CocoPredictions, Predictor
 
     _, facts = read_run(weights)
-    if config is not None:
-        recipe = load_detector_config(find_recipe(config))
-    elif facts is not None:
-        recipe = DetectorConfig.model_validate(facts.recipe)
-    else:
-        raise ValueError(f"{weights}: carries no recipe; give the detector's by --config")
+    recipe = recipe_of(None if config is None else find_recipe(config), facts, weights)
     if recipe.backbone.in_channels != 3:  # noqa: PLR2004
         raise ValueError(f"the images are read as RGB: in_channels must be 3, got {recipe.backbone.in_channels}")
     if facts is None:

@@ -6,17 +6,16 @@ from pathlib import Path
 import lightning as L
 
 from backbone.images import UnreadableImageError
-from backbone.recipe import load_detector_config
 from backbone.training.coco.annotations import read_annotations
 from backbone.training.coco.data import CocoImages, make_loader
-from backbone.training.facts import read_run
+from backbone.training.facts import read_run, recipe_of
 from backbone.training.launch import common_settings, console, readable_errors, require_possible, tracked
 from backbone.training.module import DetectionModule, load_detector_state
 from backbone.training.reports import print_metrics, save_metrics, save_sheet
 
 
 def evaluate(
-    config: Path,
+    config: Path | None,
     weights: Path,
     data: Path,
     *,
@@ -28,9 +27,9 @@ def evaluate(
     """Check, load, measure."""
     warnings.filterwarnings("ignore", message=".*frozen at random weights")  # they come from the file
     with readable_errors(ValueError, OSError):
-        recipe = load_detector_config(config)
-        require_possible(recipe, device)
         _, facts = read_run(weights)
+        recipe = recipe_of(config, facts, weights)
+        require_possible(recipe, device)
         names = facts.class_names if facts else None
         annotations = read_annotations(data, split, recipe, class_names=names, track=tracked)
         console.print(annotations.summary())

@@ -1,5 +1,6 @@
 """What trained weights need beside their tensors, so that a finished run stands alone: it travels in their metadata."""
 
+import copy
 import json
 import warnings
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from backbone.features import Backbone, Preprocessing
 from backbone.hosts.torchvision import build_detector, expect_images, unit_statistics
-from backbone.recipe import DetectorConfig
+from backbone.recipe import DetectorConfig, load_detector_config
 from backbone.training.callbacks import load_checkpoint
 from backbone.weights.metadata import HEADER_KEY, Metadata
 
@@ -78,6 +79,23 @@ def facts_of(
     return RunFacts(
         dict(class_names), dict(labels), dict(fingerprints), body.preprocessing, _eps_by_name(detector), recipe
     )
+
+
+def recipe_of(config: Path | None, facts: RunFacts | None, weights: Path) -> DetectorConfig:
+    """Return the recipe in the file ``config``, or else the one that the weights carry.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file breaks a rule, or neither is there.
+    """
+    if config is not None:
+        return load_detector_config(config)
+    if facts is None:
+        raise ValueError(f"{weights}: carries no recipe; give the detector's by --config")
+    settings = copy.deepcopy(facts.recipe)
+    if schedule := settings["train"]["freeze_schedule"]:  # JSON knows no numbers as keys
+        settings["train"]["freeze_schedule"] = {int(epoch): freeze_at for epoch, freeze_at in schedule.items()}
+    return DetectorConfig.model_validate(settings)
 
 
 def rebuild_detector(config: DetectorConfig, facts: RunFacts) -> nn.Module:

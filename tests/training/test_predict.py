@@ -14,6 +14,9 @@ from runs import IGNORED_WARNINGS, data, recipe, train
 from typer.testing import CliRunner, Result
 
 from backbone.command.app import app
+from backbone.hosts.torchvision import build_detector
+from backbone.recipe import DetectorConfig
+from backbone.training.facts import RunFacts, facts_of, recipe_of
 from backbone.training.prediction import CocoPredictions, above
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in IGNORED_WARNINGS]
@@ -91,6 +94,14 @@ def test_weights_without_a_recipe_ask_for_it(photos: Path, tmp_path: Path) -> No
     torch.save({"weight": torch.ones(1)}, tmp_path / "model.pth")
     result = predict("--weights", tmp_path / "model.pth", "--images", photos / "a.png", "--out", tmp_path / "out")
     assert (result.exit_code, "give the detector's by --config" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet", "fcn"])
+def test_the_recipe_in_the_weights_is_the_recipe(detector: str) -> None:
+    made = recipe(detector, train={"freeze_schedule": {0: 2, 3: 0}, "lr_multipliers": {"stem": 0.1}})
+    config = DetectorConfig.model_validate({**made, "min_size": [32, 64]})
+    facts = facts_of(build_detector(config), config, {1: "circle"}, {1: 1}, {})
+    assert recipe_of(None, RunFacts.from_json(facts.to_json()), Path("model.pth")) == config
 
 
 def found() -> dict[str, Any]:
