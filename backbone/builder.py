@@ -1,66 +1,81 @@
-"""From a configuration to a backbone ready to use."""
+"""From a name or a configuration to a backbone ready to use."""
 
-import warnings
+from collections.abc import Mapping
+from inspect import Parameter
+from typing import Any, Unpack
 
-from backbone.config import BackboneConfig
+from backbone.config import BackboneConfig, BackboneKeys, StrictModel, spelled_out
+from backbone.contract import require_contract
 from backbone.features import Backbone
 from backbone.freeze import freeze_stages
-from backbone.norm import FrozenBatchNorm2d
-from backbone.registry import find_constructor
+from backbone.initial import watch_initial_values
+from backbone.registry import find_constructor, is_ours
 from backbone.weights import load_weights
 
+_STATE_DICT = "a state dict"
+"""Stands in a config's ``weights`` for tensors that a config cannot hold, while its rules are checked."""
 
-def build_backbone(config: BackboneConfig) -> Backbone:
+
+def build_backbone(config: BackboneConfig | str, **keys: Unpack[BackboneKeys]) -> Backbone:
     """Construct the network, load its weights, freeze its first stages.
 
     Args:
-        config: What to build; ``load_config`` reads one from YAML.
+        config: Registered name of the network, such as ``"resnet50"``, or a whole config; ``load_config`` reads one.
+        keys: The keys of ``BackboneConfig``; they override those of a config. ``weights`` may also be a state dict.
 
     Returns:
-        The backbone, in training mode: (N, in_channels, H, W) -> ``{"c2": (N, C, H/4, W/4), ...}``.
+        The backbone, in training mode: (N, in_channels, H, W) -> ``{"c2": (N, C, H/4, W/4), ...}``. ``model.config``
+        tells what it was built from. Its first forward in training mode warns if what is frozen has no weights yet.
 
     Raises:
         UnknownBackboneError: If nothing is registered under the name.
-        ValueError: If a setting cannot be honoured or the weights do not fit.
+        ValueError: If a key is unknown, a setting cannot be honoured or the weights do not fit.
         FileNotFoundError: If the weights' path does not exist.
     """
+    settings: dict[str, Any] = dict(keys)
+    state = settings.get("weights")
+    if isinstance(state, Mapping):
+        settings["weights"] = _STATE_DICT
+    config = _config(config, settings)
+    source = state if isinstance(state, Mapping) else config.weights
+    chosen = config.stem_channels_from
+    if isinstance(state, Mapping):
+        config = config.model_copy(update={"weights": None, "stem_channels_from": None})
     backbone = construct(config)
-    if config.weights is None:
-        _warn_if_frozen_at_random(backbone, config)
+    if source is None:
+        watch_initial_values(backbone, config.name)
     else:
-        load_weights(backbone, config.weights, name=config.name, stem_channels_from=config.stem_channels_from)
+        load_weights(backbone, source, name=config.name, stem_channels_from=chosen)
     freeze_stages(backbone, config.freeze_at)
     return backbone
+
+
+_FIRST = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, annotation=BackboneConfig | str)
+_signature = spelled_out(BackboneConfig, _FIRST, returns=Backbone)
+build_backbone.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[each for name, each in _signature.parameters.items() if name != "name"]
+)
+
+
+def _config(given: BackboneConfig | str, keys: dict[str, Any]) -> BackboneConfig:
+    """Return the config that ``given`` and the keys over it make."""
+    if isinstance(given, str):
+        return BackboneConfig(given, **keys)
+    if isinstance(given, BackboneConfig):
+        return given.replaced(keys) if keys else given
+    kind = type(given).__name__
+    if isinstance(given, StrictModel):
+        remedy = "build it by hosts.torchvision.build_detector, or give its .backbone"
+    elif isinstance(given, Mapping):
+        remedy = "give its keys as keywords: build_backbone(**settings) with config= the name"
+    else:
+        remedy = "give one of these, load_config(path) for a file"
+    raise ValueError(f"build_backbone takes a name such as 'resnet50' or a BackboneConfig, got {kind}; {remedy}")
 
 
 def construct(config: BackboneConfig) -> Backbone:
     """Construct the network alone: fresh weights, nothing frozen; raises as ``build_backbone`` does."""
     backbone = find_constructor(config.name)(config)
-    _check_contract(backbone, config)
+    require_contract(backbone, config, run=not is_ours(config.name))
+    backbone.config = config
     return backbone
-
-
-def _check_contract(backbone: Backbone, config: BackboneConfig) -> None:
-    """Hold every constructor, a plugin's above all, to what detectors rely on."""
-    if not isinstance(backbone, Backbone):
-        raise ValueError(
-            f"the constructor of {config.name!r} must return a backbone.Backbone, got {type(backbone).__name__}; "
-            f"subclass it"
-        )
-    absent = [name for name in config.out_features if name not in backbone.feature_specs]
-    if absent:
-        raise ValueError(
-            f"out_features must be among those of {config.name!r}, {', '.join(backbone.feature_specs)}; "
-            f"got {', '.join(absent)}"
-        )
-
-
-def _warn_if_frozen_at_random(backbone: Backbone, config: BackboneConfig) -> None:
-    frozen = [f"the first {config.freeze_at} stages"] if config.freeze_at else []
-    frozen += ["all norms"] if any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules()) else []
-    if frozen:
-        warnings.warn(
-            f"{config.name}: {' and '.join(frozen)} are frozen at random weights and will never train; set weights, "
-            f"load a checkpoint before training, or use norm='bn' (or 'gn') and freeze_at=0",
-            stacklevel=3,
-        )

@@ -1,77 +1,86 @@
-"""What a user writes in YAML, checked before anything is built. This file knows no torch."""
+"""What a user writes in YAML or Python, checked before anything is built. This file knows no torch."""
 
-import difflib
+import inspect
 import json
 import os
-import re
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, TypedDict, Unpack
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from backbone.stages import STAGE_NAMES
+from backbone.strict import SettingsError, StrictModel, did_you_mean, explain, read_yaml, rule
+
+__all__ = [
+    "GN_GROUPS",
+    "BackboneConfig",
+    "BackboneKeys",
+    "FeatureName",
+    "NormName",
+    "SettingsError",
+    "StrictModel",
+    "WeightsSource",
+    "did_you_mean",
+    "explain",
+    "json_schema",
+    "load_config",
+    "read_yaml",
+    "rule",
+]
 
 NormName = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 GN_GROUPS: Final = 32  # of GroupNorm, arXiv:1803.08494, section 4.1
 FeatureName = Literal["c2", "c3", "c4", "c5"]
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known word, or ``";"`` when none is near.
+WeightsSource: TypeAlias = str | os.PathLike[str] | Enum | Mapping[str, Any] | None
+"""Weights as a caller may give them: a name, path or address, a member of torchvision's enums, a state dict."""
 
-    Of several near words the one that starts most alike: for resnet52 resnet50, not resnet152.
+
+class BackboneKeys(TypedDict, total=False):
+    """The keys of ``BackboneConfig`` but ``name``, for the signatures that take them: one line a key, held by a test.
+
+    Sequences are wider here than in the config, which makes tuples of them; a state dict as weights is for
+    ``build_backbone`` alone.
     """
-    nearest = difflib.get_close_matches(str(word), list(known), n=5)  # best first, and max keeps the first of equals
-    if not nearest:
-        return ";"
-    best = max(nearest, key=lambda near: len(os.path.commonprefix([str(word), near])))  # noqa: RUF071 - by letters
-    return f"; did you mean {best!r}?"
+
+    weights: WeightsSource
+    norm: NormName
+    freeze_at: int
+    output_stride: Literal[32, 16, 8]
+    dilate_first_block: bool
+    stride_in_1x1: bool
+    in_channels: int
+    stem_channels_from: Sequence[int | None] | None
+    out_features: Sequence[FeatureName]
+    num_classes: int | None
+    zero_init_residual: bool
+    checkpoint_stages: Sequence[FeatureName]
 
 
-def rule(text: str) -> WrapValidator:
-    """State the rule in the field's own words, with the value received, in place of pydantic's message."""
-
-    def check(value: object, validate: ValidatorFunctionWrapHandler) -> object:
-        try:
-            return validate(value)
-        except ValidationError:
-            raise ValueError(f"{text}, got {value!r}") from None
-
-    return WrapValidator(check)
-
-
-class StrictModel(BaseModel):
-    """A frozen settings object: unknown keys are errors, and no value is converted behind the user's back."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: object) -> object:
-        if isinstance(data, dict):
-            unknown = [key for key in data if key not in cls.model_fields]
-            if unknown:
-                hints = [f"unknown key {key!r}{did_you_mean(key, cls.model_fields)}" for key in unknown]
-                raise ValueError(f"{' '.join(hints)} known keys: {', '.join(cls.model_fields)}")
-        return data
+def _weights_name(value: object) -> object:
+    """Return a path or a member of torchvision's enums as the string that says the same."""
+    if isinstance(value, Enum) and not isinstance(value, str):
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, Mapping):
+        raise ValueError(
+            f"must be a name, path or address in a config, got a state dict of {len(value)} entries; give it "
+            f"to build_backbone(..., weights=...) or load_weights(model, ...)"
+        )
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 class BackboneConfig(StrictModel):
     """Everything that decides which backbone is built and in what state it arrives.
 
+    Args:
+        name: Registered name; may come first without ``name=``.
+        keys: The other keys, each described by its field.
+
     Raises:
-        pydantic.ValidationError: (a ValueError) for an unknown key, a wrong type or an impossible combination.
+        SettingsError: (a ValueError and pydantic's ValidationError) for an unknown key, a wrong type or an impossible
+            combination.
     """
 
     name: Annotated[str, Field(min_length=1), rule("must be a backbone's name, such as resnet50")] = Field(
@@ -79,8 +88,8 @@ class BackboneConfig(StrictModel):
     )
     weights: Annotated[
         str | None,
-        BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
         rule("must be null, a torchvision weights name such as IMAGENET1K_V2, or a checkpoint's path or address"),
+        BeforeValidator(_weights_name),  # outside of the rule: it runs first and has its own words
     ] = Field(
         default=None,
         description="torchvision weights name (IMAGENET1K_V2, RetinaNet_ResNet50_FPN_Weights.COCO_V1), checkpoint "
@@ -136,6 +145,29 @@ class BackboneConfig(StrictModel):
         tuple[FeatureName, ...], Field(strict=False), rule("must be a list of c2, c3, c4, c5")
     ] = Field(default=(), description="Stages that recompute their activations in backward to save memory.")
 
+    if TYPE_CHECKING:
+
+        def __init__(self, name: str, **keys: Unpack[BackboneKeys]) -> None: ...
+
+    else:
+
+        def __init__(self, *name: str, **keys: Any) -> None:
+            if len(name) > 1 or (name and "name" in keys):
+                raise TypeError(f"a BackboneConfig takes one name and then keys, such as freeze_at=2; got {name!r}")
+            super().__init__(**({"name": name[0]} if name else {}), **keys)
+
+        __init__.__pydantic_base_init__ = True
+
+    @classmethod
+    def mistaken_for(cls, data: dict[Any, Any]) -> str | None:
+        """Return what to do with a detector's keys."""
+        if "detector" in data:
+            return (
+                f"a backbone's keys begin with name, got those of a detector ({data['detector']}); read its file by "
+                f"load_detector_config and build it by hosts.torchvision.build_detector"
+            )
+        return None
+
     @model_validator(mode="after")
     def _refuse_impossible_combinations(self) -> "BackboneConfig":
         chosen = self.stem_channels_from
@@ -164,24 +196,27 @@ class BackboneConfig(StrictModel):
         return STAGE_NAMES if self.num_classes is not None else STAGE_NAMES[: last + 1]
 
 
-Config = TypeVar("Config", bound=StrictModel)
+NAME: Final = inspect.Parameter("name", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML lets the last of two equal keys win in silence; here the second one is an error."""
+def spelled_out(keys: type[StrictModel], *leading: inspect.Parameter, returns: object) -> inspect.Signature:
+    """Return a signature with every key of a settings class as a keyword, for ``help()`` and completion at runtime."""
+    taken = {parameter.name for parameter in leading}
+    empty = inspect.Parameter.empty
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=empty if field.is_required() else field.get_default(),
+            annotation=field.annotation,
+        )
+        for name, field in keys.model_fields.items()
+        if name not in taken
+    ]
+    return inspect.Signature([*leading, *keywords], return_annotation=returns)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            problem = ""
-            if not isinstance(key_node, yaml.ScalarNode):
-                problem = f"a key must be a word, got a {key_node.id}"
-            elif key_node.value in seen:
-                problem = f"key {key_node.value!r} is given twice"
-            if problem:
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+
+BackboneConfig.__signature__ = spelled_out(BackboneConfig, NAME, returns=None)  # type: ignore[misc, assignment]
 
 
 def load_config(path: str | os.PathLike[str]) -> BackboneConfig:
@@ -192,34 +227,6 @@ def load_config(path: str | os.PathLike[str]) -> BackboneConfig:
         ValueError: If it is not YAML or breaks a rule; names file, key, rule and remedy.
     """
     return read_yaml(path, BackboneConfig)
-
-
-def read_yaml(path: str | os.PathLike[str], schema: type[Config]) -> Config:
-    """Read a YAML file into a checked configuration of class ``schema``; raises as ``load_config`` does."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"config must be an existing YAML file, got {os.fspath(path)!r}; check the path")
-    content = Path(path).read_bytes()
-    try:
-        data = yaml.load(content, Loader=_UniqueKeyLoader)
-    except Exception as error:  # PyYAML lets through whatever int() or date() raises
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: must be a mapping of keys such as `name: resnet50`, got {type(data).__name__}")
-    try:
-        return schema.model_validate(data)
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in explain(error))) from None
-
-
-def explain(error: ValidationError) -> list[str]:
-    """Return one readable line per broken rule: the key, the rule, the value received and the remedy."""
-    lines = []
-    for detail in error.errors():
-        key = ".".join(str(part) for part in detail["loc"])
-        rule = re.sub("^Value error, ", "", detail["msg"])
-        rule = "is required; give it a value" if detail["type"] == "missing" else rule
-        lines.append(f"{key} {rule}".strip())
-    return lines
 
 
 def json_schema(settings: type[StrictModel] = BackboneConfig) -> str:

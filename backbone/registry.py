@@ -4,11 +4,13 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Final, TypeAlias, TypeVar
 
 from backbone.config import BackboneConfig, did_you_mean
 from backbone.features import Backbone
+from backbone.strict import nearest
 
 ENTRY_POINT_GROUP: Final = "backbone.backbones"
 """A plugin package declares ``name = "package.module:constructor"`` under this group."""
@@ -120,8 +122,7 @@ def find_constructor(name: str) -> BackboneConstructor:
         return library.find_constructor(name)  # type: ignore[no-any-return]
     declared = _plugins().get(name)
     if declared is None:
-        known = list_backbones()
-        raise UnknownBackboneError(f"unknown backbone {name!r}{did_you_mean(name, known)} known: {', '.join(known)}")
+        raise UnknownBackboneError(f"unknown backbone {name!r}{_hint(name)} known: {', '.join(list_backbones())}")
     if len(declared) > 1:
         origins = " and ".join(_origin(entry) for entry in declared)
         raise ValueError(f"backbone {name!r} is declared by {origins}; uninstall one of them")
@@ -139,6 +140,27 @@ def find_constructor(name: str) -> BackboneConstructor:
             f'write {name} = "package.module:constructor" in its entry points'
         )
     return constructor  # type: ignore[no-any-return]
+
+
+def is_ours(name: str) -> bool:
+    """Whether the constructor of ``name`` is part of this package, for its own networks or those of a library."""
+    return name.partition("/")[0] in _LIBRARIES or (name in _constructors and origin(name) == BUILT_IN)
+
+
+def _hint(name: str) -> str:
+    """Return what an unknown ``name`` was probably meant to be: the same of a library, or one that is like it."""
+    if name.endswith((".yaml", ".yml")):
+        return "; a recipe's file is read by load_config(path);"
+    of_libraries = {}
+    for library in _LIBRARIES:
+        if find_spec(library) is not None:
+            of_libraries |= {each.partition("/")[2]: each for each in list_backbones(provider=library)}
+    without_tag = name.lower().partition(".")[0]
+    same = of_libraries.get(without_tag)
+    if same is not None:
+        return f"; did you mean {same + name[len(without_tag) :]!r}?"
+    near = nearest(name, list_backbones()) or of_libraries.get(nearest(name, of_libraries) or "")
+    return f"; did you mean {near!r}?" if near else ";"
 
 
 def _plugins() -> dict[str, list[EntryPoint]]:

@@ -47,14 +47,34 @@ def adapt_stem(weight: Tensor, mapping: list[list[int]], *, even: bool) -> Tenso
     return torch.stack(channels, dim=1).to(weight.dtype)
 
 
+def for_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
+    """Return mean and std for weights of so many channels: what is known of fewer is repeated in turn.
+
+    A file of 13 bands says nothing of their statistics where its format assumes RGB's.
+    """
+    if len(preprocessing.mean) == channels:
+        return preprocessing
+    mean, std = preprocessing.mean, preprocessing.std
+    turns = range(channels)
+    return replace(
+        preprocessing,
+        mean=tuple(mean[turn % len(mean)] for turn in turns),
+        std=tuple(std[turn % len(std)] for turn in turns),
+        channel_order="rgb" if channels > RGB_CHANNELS else preprocessing.channel_order,
+    )
+
+
 def adapt_preprocessing(preprocessing: Preprocessing, mapping: list[list[int]]) -> Preprocessing:
-    """Return the mean and std of the new input channels: those of the channels they stand for, averaged."""
+    """Return the mean and std of the new input channels: those of the channels they stand for, averaged.
+
+    ``preprocessing`` has one value for each channel that ``mapping`` names, see ``for_channels``.
+    """
 
     def averaged(values: tuple[float, ...], absent: float) -> tuple[float, ...]:
         return tuple(sum(values[i] for i in group) / len(group) if group else absent for group in mapping)
 
     order = preprocessing.channel_order
-    if [group[:1] for group in mapping[:RGB_CHANNELS]] == [[2], [1], [0]]:
+    if len(preprocessing.mean) == RGB_CHANNELS and [group[:1] for group in mapping[:RGB_CHANNELS]] == [[2], [1], [0]]:
         order = "rgb" if order == "bgr" else "bgr"
     low = preprocessing.value_range[0]
     return replace(

@@ -23,6 +23,8 @@ class LoadReport:
         reshaped: Keys whose shape was adapted.
         adapted: Everything that was changed or added, in words.
         metadata: How the weights were trained: known, or assumed.
+        initial: Keys of the network that no published weights have, because this package added these parts; they keep
+            the values they had, random ones in a fresh network.
     """
 
     source: str
@@ -35,11 +37,15 @@ class LoadReport:
     reshaped: Sequence[str]
     adapted: Sequence[str]
     metadata: Metadata
+    initial: Sequence[str] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.format} ({self.why})"]
         lines += [f"prefix stripped: {self.prefix}"] if self.prefix else []
         lines += [f"{listed('loaded', self.loaded, 0)}; {listed('missing', self.missing, 2)}"]
+        if self.initial:
+            parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in self.initial))
+            lines.append(f"not in the weights, left as it was (random when fresh): {parts}, {len(self.initial)} tensors")
         lines += [f"dropped, {reason}: {len(keys)}" for reason, keys in self.dropped.items()]
         lines += [f"adapted: {sentence}" for sentence in self.adapted]
         return "\n  ".join([*lines, *self.metadata.lines()])

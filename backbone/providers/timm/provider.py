@@ -147,6 +147,7 @@ class TimmBackbone(Backbone):
         self.size_multiple, self.only_size = plan.size_multiple, plan.only_size
         self.stage_modules = _prefixed(plan.division.modules)
         self.stage_parameters = _prefixed(plan.division.parameters)
+        self.unpublished_prefixes = ("pyramid.",) if self.pyramid is not None else ()
         self.unbuilt_prefixes = tuple(f"network.{beginning}" for beginning in plan.dropped_prefixes)
 
     def forward(self, images: Tensor) -> Features:
@@ -207,9 +208,8 @@ class TimmBackbone(Backbone):
         return self._own_names(network.state_dict()), _preprocessing(network.pretrained_cfg, self.in_channels)
 
     def _own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``state``, in timm's names, in this backbone's; the pyramid, which timm lacks, stays as it is."""
-        own = {f"pyramid.{key}": value for key, value in self.pyramid.state_dict().items()} if self.pyramid else {}
-        return own | {f"network.{key}": value for key, value in state.items()}
+        """Return ``state``, in timm's names, in this backbone's."""
+        return {f"network.{key}": value for key, value in state.items()}
 
     def _require_images(self, images: Tensor) -> tuple[int, int]:
         require_images(images, self.in_channels)

@@ -103,7 +103,7 @@ def _find(name: str, weights_name: str) -> Any:  # noqa: ANN401 - torchvision ha
     except ValueError:
         known = {}
     choices = [weights.name for weights in known]
-    if weights_name not in choices:
+    if weights_name not in choices and weights_name not in getattr(known, "__members__", ()):  # its DEFAULT
         raise ValueError(
             f"weights of {name} must be one of {', '.join(choices) or 'no torchvision names'} or a path ending in "
             f"{', '.join(CHECKPOINT_SUFFIXES)}, got {weights_name!r}; or a full name such as {EPS_0[0]}, "
