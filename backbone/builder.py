@@ -51,9 +51,8 @@ def build_backbone(config: BackboneConfig | str, **keys: Unpack[BackboneKeys]) -
 
 
 _FIRST = Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, annotation=BackboneConfig | str)
-_signature = spelled_out(BackboneConfig, _FIRST, returns=Backbone)
-build_backbone.__signature__ = _signature.replace(  # type: ignore[attr-defined]
-    parameters=[each for name, each in _signature.parameters.items() if name != "name"]
+build_backbone.__signature__ = spelled_out(  # type: ignore[attr-defined]
+    BackboneConfig, BackboneKeys, _FIRST, returns=Backbone
 )
 
 
@@ -67,7 +66,7 @@ def _config(given: BackboneConfig | str, keys: dict[str, Any]) -> BackboneConfig
     if isinstance(given, StrictModel):
         remedy = "build it by hosts.torchvision.build_detector, or give its .backbone"
     elif isinstance(given, Mapping):
-        remedy = "give its keys as keywords: build_backbone(**settings) with config= the name"
+        remedy = "write build_backbone(BackboneConfig(**settings))"
     else:
         remedy = "give one of these, load_config(path) for a file"
     raise ValueError(f"build_backbone takes a name such as 'resnet50' or a BackboneConfig, got {kind}; {remedy}")

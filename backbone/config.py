@@ -151,7 +151,7 @@ class BackboneConfig(StrictModel):
 
     else:
 
-        def __init__(self, *name: str, **keys: Any) -> None:
+        def __init__(self, *name: str, **keys: Any) -> None:  # noqa: ANN401
             if len(name) > 1 or (name and "name" in keys):
                 raise TypeError(f"a BackboneConfig takes one name and then keys, such as freeze_at=2; got {name!r}")
             super().__init__(**({"name": name[0]} if name else {}), **keys)
@@ -199,24 +199,27 @@ class BackboneConfig(StrictModel):
 NAME: Final = inspect.Parameter("name", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
 
 
-def spelled_out(keys: type[StrictModel], *leading: inspect.Parameter, returns: object) -> inspect.Signature:
-    """Return a signature with every key of a settings class as a keyword, for ``help()`` and completion at runtime."""
-    taken = {parameter.name for parameter in leading}
-    empty = inspect.Parameter.empty
+def spelled_out(
+    settings: type[StrictModel], keys: type, *leading: inspect.Parameter, returns: object
+) -> inspect.Signature:
+    """Return a signature with every one of ``keys`` as a keyword, for ``help()`` and completion at runtime.
+
+    Args:
+        settings: The class whose fields have the defaults.
+        keys: The TypedDict of them, which type checkers read.
+        leading: The parameters before them.
+        returns: What the call returns.
+    """
     keywords = [
         inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=empty if field.is_required() else field.get_default(),
-            annotation=field.annotation,
+            name, inspect.Parameter.KEYWORD_ONLY, default=settings.model_fields[name].get_default(), annotation=kind
         )
-        for name, field in keys.model_fields.items()
-        if name not in taken
+        for name, kind in keys.__annotations__.items()
     ]
     return inspect.Signature([*leading, *keywords], return_annotation=returns)
 
 
-BackboneConfig.__signature__ = spelled_out(BackboneConfig, NAME, returns=None)  # type: ignore[misc, assignment]
+BackboneConfig.__signature__ = spelled_out(BackboneConfig, BackboneKeys, NAME, returns=None)
 
 
 def load_config(path: str | os.PathLike[str]) -> BackboneConfig:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self, TypeAlias, TypedDict, Unpack
 
 import torch
@@ -220,11 +221,11 @@ class Backbone(nn.Module):
 
         return ImageTransforms(self.preprocessing, input_channels(self), self.size_divisibility, resize)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write config, weights and freeze state into ``folder``; see ``backbone.save_pretrained``."""
         from backbone.pretrained import save_pretrained
 
-        save_pretrained(self, folder)
+        return save_pretrained(self, folder)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Unpack[HubOptions]) -> Self:
@@ -295,7 +296,7 @@ def _innermost(backbone: Backbone) -> Backbone:
 
 
 def input_channels(backbone: Backbone) -> int:
-    """Return the channels of the images that ``backbone`` takes, as far as it or its config tells; else the weights'."""
+    """Return the channels of the images that ``backbone`` takes, by its config or itself; else those of its weights."""
     inner = _innermost(backbone)
     if inner.config is not None:
         return inner.config.in_channels

@@ -103,7 +103,7 @@ def _is_frozen(backbone: Backbone, stage: str) -> bool:
 def _is_traced() -> bool:
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or bool(torch._C._get_tracing_state())
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 

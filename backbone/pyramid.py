@@ -1,6 +1,6 @@
 """C2-C5 to P2-P7: a feature pyramid on any backbone of this package."""
 
-from typing import Final, get_args
+from typing import Final, TypedDict, get_args
 
 from torch import Tensor
 from torchvision.ops.feature_pyramid_network import (
@@ -10,11 +10,23 @@ from torchvision.ops.feature_pyramid_network import (
     LastLevelP6P7,
 )
 
+from backbone.calling import look_at_detector
+from backbone.config import NormName
 from backbone.features import Backbone, Features, FeatureSpec
-from backbone.norm import NormLayer
+from backbone.norm import NormLayer, norm_layer
 from backbone.recipe import ExtraLevels, SourceOfP6
 
 _NUM_EXTRA_LEVELS: Final = {"none": 0, "maxpool": 1, "p6p7": 2}
+
+
+class PyramidSettings(TypedDict):
+    """The arguments of a ``FeaturePyramid`` but its body."""
+
+    out_channels: int
+    extra_levels: ExtraLevels
+    p6_from: SourceOfP6
+    norm: NormName | NormLayer | None
+    average: bool
 
 
 class FeaturePyramid(Backbone):
@@ -30,11 +42,12 @@ class FeaturePyramid(Backbone):
             convolutions (RetinaNet, arXiv:1708.02002; FCOS), ``none`` adds none.
         p6_from: What P6 is computed from: the last level (torchvision) or the body's last map (the RetinaNet paper,
             detectron2). Only for ``p6p7``.
-        norm: Constructor of the norm after each convolution of p2 to p5, which then has no bias; None for no norm.
+        norm: Norm after each convolution of p2 to p5, which then has no bias: name or constructor; None for no norm.
         average: Whether a level is the mean of its map and the level above, rather than their sum.
 
     Attributes:
         body: The backbone.
+        settings: The other arguments.
         fpn: torchvision's FeaturePyramidNetwork.
 
     Raises:
@@ -50,23 +63,31 @@ class FeaturePyramid(Backbone):
         out_channels: int = 256,
         extra_levels: ExtraLevels = "none",
         p6_from: SourceOfP6 = "p5",
-        norm: NormLayer | None = None,
+        norm: NormName | NormLayer | None = None,
         average: bool = False,
     ) -> None:
         super().__init__()
+        self.settings: PyramidSettings = {
+            "out_channels": out_channels,
+            "extra_levels": extra_levels,
+            "p6_from": p6_from,
+            "norm": norm,
+            "average": average,
+        }
         specs = list(body.feature_specs.items())
         self.adopt("body", body)
         self.fpn = (_AveragingNetwork if average else FeaturePyramidNetwork)(
             [spec.channels for _, spec in specs],
             out_channels,
             extra_blocks=_extra_block(extra_levels, p6_from, specs[-1][1].channels, out_channels),
-            norm_layer=norm,
+            norm_layer=None if norm is None else norm_layer(norm),
         )
         self.out_channels = out_channels
         self.feature_specs = {f"p{name[1:]}": FeatureSpec(out_channels, spec.stride) for name, spec in specs}
         name, deepest = specs[-1]
         for number in range(1, _NUM_EXTRA_LEVELS[extra_levels] + 1):
             self.feature_specs[f"p{int(name[1:]) + number}"] = FeatureSpec(out_channels, deepest.stride << number)
+        look_at_detector(self)
 
     def forward(self, images: Tensor) -> Features:
         """Images (N, C, H, W) -> p2 (N, 256, H/4, W/4), ..., p6 (N, 256, H/64, W/64); sizes round up."""

@@ -1,8 +1,8 @@
 """A whole detector in one YAML file: backbone, pyramid, head and training, checked before anything is built."""
 
 import os
-from collections.abc import Mapping
-from typing import Annotated, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, TypedDict
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -108,11 +108,31 @@ class TrainConfig(StrictModel):
     )
 
 
+class DetectorKeys(TypedDict, total=False):
+    """The keys of ``DetectorConfig`` but ``detector`` and ``backbone``, for the signatures that take them."""
+
+    pyramid: "PyramidConfig | Mapping[str, Any] | None"
+    num_classes: int
+    num_keypoints: int
+    box_head: Literal["mlp", "c5"]
+    num_proposals: int
+    rois_per_image: int
+    smallest_anchor: int
+    head_norm: Literal["none", "gn"]
+    aux_classifier: bool
+    min_size: int | Sequence[int]
+    max_size: int
+    image_mean: Sequence[float] | None
+    image_std: Sequence[float] | None
+    train: "TrainConfig | Mapping[str, Any]"
+
+
 class DetectorConfig(StrictModel):
     """Everything that decides which detector is built, and how ``backbone train`` trains it.
 
     Raises:
-        pydantic.ValidationError: (a ValueError) for an unknown key, a wrong type or an impossible combination.
+        SettingsError: (a ValueError and pydantic's ValidationError) for an unknown key, a wrong type or an impossible
+            combination.
     """
 
     detector: Annotated[
@@ -169,6 +189,16 @@ class DetectorConfig(StrictModel):
         Field(default=None, description="Divides each channel; null: as the weights expect it.")
     )
     train: TrainConfig = Field(default=TrainConfig(), description="How `backbone train` trains it.")
+
+    @classmethod
+    def mistaken_for(cls, data: dict[Any, Any]) -> str | None:
+        """Return what to do with a backbone's keys."""
+        if "name" in data and not {"detector", "backbone"} & data.keys():
+            return (
+                f"a detector's keys are detector, backbone, ..., got those of a backbone ({data['name']}); read its "
+                f"file by load_config and build it by build_backbone"
+            )
+        return None
 
     @model_validator(mode="before")
     @classmethod
@@ -270,6 +300,8 @@ def _with_defaults(backbone: object, defaults: Mapping[str, object]) -> object:
     if isinstance(backbone, BackboneConfig):
         unsaid = {key: value for key, value in defaults.items() if key not in backbone.model_fields_set}
         return backbone.model_copy(update=unsaid)
+    if isinstance(backbone, str):
+        backbone = {"name": backbone}
     return {**defaults, **backbone} if isinstance(backbone, dict) else backbone
 
 

@@ -151,7 +151,7 @@ def _hint(name: str) -> str:
     """Return what an unknown ``name`` was probably meant to be: the same of a library, or one that is like it."""
     if name.endswith((".yaml", ".yml")):
         return "; a recipe's file is read by load_config(path);"
-    of_libraries = {}
+    of_libraries: dict[str, str] = {}
     for library in _LIBRARIES:
         if find_spec(library) is not None:
             of_libraries |= {each.partition("/")[2]: each for each in list_backbones(provider=library)}

@@ -74,7 +74,7 @@ def _rebuilt(title: str, details: Iterable[tuple[str, str, tuple[int | str, ...]
     return SettingsError.from_exception_data(
         title,
         [
-            InitErrorDetails(type=PydanticCustomError(kind, "{text}", {"text": text}), loc=loc, input=None)  # type: ignore[arg-type]
+            InitErrorDetails(type=PydanticCustomError(kind, "{text}", {"text": text}), loc=loc, input=None)
             for kind, text, loc in details
         ],
     )

@@ -74,7 +74,9 @@ class ImageTransforms(v2.Transform):  # type: ignore[misc]
         channels = self.in_channels
         if isinstance(image, Image.Image):
             if channels not in _MODES:
-                raise ValueError(f"a PIL image has 1 or 3 channels, got one for a backbone of {channels}; give a tensor")
+                raise ValueError(
+                    f"a PIL image has 1 or 3 channels, got one for a backbone of {channels}; give a tensor"
+                )
             return image.convert(_MODES[channels])
         if isinstance(image, np.ndarray):
             image = torch.from_numpy(np.ascontiguousarray(image if image.ndim > 2 else image[..., None]))  # noqa: PLR2004

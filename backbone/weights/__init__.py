@@ -109,7 +109,7 @@ def load_weights(
 
 
 def _name(backbone: Backbone) -> str:
-    """Return the registered name of ``backbone``, as far as it or its shapes tell; torchvision then knows its weights."""
+    """Return the registered name of ``backbone``, as far as its config or its shapes tell."""
     if backbone.config is not None:
         return backbone.config.name
     return network_name(backbone.state_dict()) or type(backbone).__name__

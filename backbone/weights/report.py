@@ -45,7 +45,9 @@ class LoadReport:
         lines += [f"{listed('loaded', self.loaded, 0)}; {listed('missing', self.missing, 2)}"]
         if self.initial:
             parts = ", ".join(dict.fromkeys(key.partition(".")[0] for key in self.initial))
-            lines.append(f"not in the weights, left as it was (random when fresh): {parts}, {len(self.initial)} tensors")
+            lines.append(
+                f"not in the weights, left as it was (random when fresh): {parts}, {len(self.initial)} tensors"
+            )
         lines += [f"dropped, {reason}: {len(keys)}" for reason, keys in self.dropped.items()]
         lines += [f"adapted: {sentence}" for sentence in self.adapted]
         return "\n  ".join([*lines, *self.metadata.lines()])

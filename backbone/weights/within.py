@@ -43,6 +43,8 @@ def _holds_parts(module: nn.Module) -> bool:
     """Whether the children of ``module`` are those of our ResNets, from the stem on."""
     children = dict(module.named_children())
     first = children.get("layer1")
-    return {"conv1", "bn1"} <= children.keys() and isinstance(first, nn.Sequential) and (
-        len(first) > 0 and all(isinstance(block, BasicBlock | Bottleneck) for block in first)
+    return (
+        {"conv1", "bn1"} <= children.keys()
+        and isinstance(first, nn.Sequential)
+        and (len(first) > 0 and all(isinstance(block, BasicBlock | Bottleneck) for block in first))
     )

@@ -2,31 +2,33 @@
 
 from backbone.hosts.torchvision import as_torchvision, build_detector
 detector = build_detector(load_detector_config("configs/detectors/faster_rcnn_resnet50.yaml"))
-losses = detector(images, targets)  # or your own: FasterRCNN(as_torchvision(pyramid), num_classes=91)
+losses = detector(images, targets)  # or your own: FasterRCNN(as_torchvision(pyramid), 91, **detector_kwargs(pyramid))
 """
 
-import re
-from collections.abc import Mapping
+from inspect import Parameter
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final, Unpack
 
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.segmentation import FCN, DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from backbone.builder import build_backbone
-from backbone.features import Backbone, Features, Preprocessing
-from backbone.norm import FrozenBatchNorm2d, norm_layer
+from backbone.config import BackboneConfig, spelled_out
+from backbone.features import Backbone
+from backbone.hosts.torchvision.adapter import TorchvisionBackbone, as_torchvision
+from backbone.hosts.torchvision.request import described, detector_config
+from backbone.hosts.torchvision.transform import BackboneTransform
+from backbone.norm import norm_layer
 from backbone.providers.resnet.network import ResNet
 from backbone.pyramid import FeaturePyramid
-from backbone.recipe import DENSE_DETECTORS, SEGMENTERS, DetectorConfig, ExtraLevels
+from backbone.recipe import DENSE_DETECTORS, SEGMENTERS, DetectorConfig, DetectorKeys, DetectorName, ExtraLevels
 
 ASPECT_RATIOS: Final = (0.5, 1.0, 2.0)
 
@@ -35,91 +37,59 @@ ATROUS_REACH: Final = 96
 that at 8 (arXiv:1706.05587, section 4)."""
 
 
-class TorchvisionBackbone(Backbone):
-    """A backbone, with or without a pyramid, under the names torchvision's detectors expect.
-
-    Parameters are named as in torchvision's BackboneWithFPN: ``body.*`` and ``fpn.*``.
-
-    Args:
-        model: A backbone or a ``FeaturePyramid``.
-        names: torchvision's name for each feature of ``model``.
-
-    Attributes:
-        out_channels: Channels of each feature map, the same for all where there is a pyramid.
-        body: The backbone itself.
-        fpn: The pyramid, or None.
-    """
-
-    body: Backbone
-
-    def __init__(self, model: Backbone, names: Mapping[str, str]) -> None:
-        super().__init__()
-        pyramid = model if isinstance(model, FeaturePyramid) else None
-        self.adopt("body", pyramid.body if pyramid else model)
-        self.fpn = pyramid.fpn if pyramid else None
-        self.feature_specs = {names[name]: spec for name, spec in model.feature_specs.items()}
-        self.out_channels = next(reversed(self.feature_specs.values())).channels
-
-    def forward(self, images: Tensor) -> Features:
-        """Images (N, C, H, W) -> "0" (N, 256, H/4, W/4), "1" (N, 256, H/8, W/8), ...; sizes round up."""
-        features = self.body(images)
-        features = {name: features[name] for name in self.body.feature_specs}
-        if self.fpn is not None:
-            features = self.fpn(features)
-        return dict(zip(self.feature_specs, features.values(), strict=True))
-
-
-def as_torchvision(model: Backbone) -> TorchvisionBackbone:
-    """Return ``model`` as torchvision's ``FasterRCNN(backbone, ...)`` and its siblings take it.
-
-    Feature maps are called "0", "1", ... from the finest, the level above the backbone's last ``pool``, or ``p6`` and
-    ``p7`` where there are two, as in torchvision. Modules are shared with ``model``, not copied.
-
-    Args:
-        model: A ``FeaturePyramid``, or a backbone with one feature map.
-
-    Raises:
-        ValueError: If ``model`` has several feature maps of different channels, which torchvision's heads cannot take.
-    """
-    channels = {spec.channels for spec in model.feature_specs.values()}
-    if len(channels) > 1:
-        raise ValueError(
-            f"torchvision's heads need the same channels on every level, got {', '.join(model.feature_specs)} with "
-            f"{', '.join(map(str, sorted(channels)))}; put a FeaturePyramid on it or name one of out_features"
-        )
-    num_maps = len(model.body.feature_specs) if isinstance(model, FeaturePyramid) else len(model.feature_specs)
-    extra = list(model.feature_specs)[num_maps:]
-    names = [*map(str, range(num_maps)), *(["pool"] if len(extra) == 1 else extra)]
-    return TorchvisionBackbone(model, dict(zip(model.feature_specs, names, strict=True)))
-
-
-def build_detector(config: DetectorConfig) -> nn.Module:
+def build_detector(
+    config: DetectorConfig | DetectorName,
+    backbone: Backbone | BackboneConfig | str | None = None,
+    **keys: Unpack[DetectorKeys],
+) -> nn.Module:
     """Return torchvision's detector or segmenter with the backbone, pyramid and head that ``config`` names.
 
     Detectors take a list of images (C, H, W) of 0 to 1 and, in training, targets; they resize and normalise
-    themselves, as the backbone's weights expect it. Segmenters take a normalised batch (N, C, H, W) and give
+    themselves, as the backbone's present weights expect it. Segmenters take a normalised batch (N, C, H, W) and give
     ``{"out": (N, num_classes, H, W)}``. Anchors and poolers follow the levels that exist.
 
     Args:
-        config: What to build; ``load_detector_config`` reads one from YAML.
+        config: Name of the detector, such as ``"faster_rcnn"``, or a whole config; ``load_detector_config`` reads one.
+        backbone: A registered name, a config, or a ready backbone or ``FeaturePyramid``, which is used as it is, not
+            copied. In place of the config's own; with a detector's name it must be there.
+        keys: The other keys of ``DetectorConfig``; they override those of a config.
 
     Raises:
         UnknownBackboneError: If no backbone is registered under the name.
-        ValueError: If a setting cannot be honoured or the weights do not fit.
+        ValueError: If a key is unknown, a setting cannot be honoured or the weights do not fit.
     """
+    ready = backbone if isinstance(backbone, Backbone) else None
+    settings: dict[str, Any] = dict(keys)
+    request = described(backbone, config, settings) if isinstance(backbone, Backbone) else backbone
+    config = detector_config(config, request, settings)
     detector: nn.Module
     if config.detector in SEGMENTERS:
-        detector = _build_segmenter(config)
+        detector = _build_segmenter(config, ready)
     elif config.box_head == "c5":
-        detector = _build_faster_rcnn_on_c4(config)
+        detector = _build_faster_rcnn_on_c4(config, ready)
     else:
-        detector = _build_on_levels(config)
+        detector = _build_on_levels(config, ready)
+    detector.config = config  # type: ignore[assignment]
     return detector
 
 
-def _build_on_levels(config: DetectorConfig) -> nn.Module:
-    model = build_backbone(config.backbone)
-    if config.pyramid is not None:
+build_detector.__signature__ = spelled_out(  # type: ignore[attr-defined]
+    DetectorConfig,
+    DetectorKeys,
+    Parameter("config", Parameter.POSITIONAL_OR_KEYWORD, annotation=DetectorConfig | DetectorName),
+    Parameter(
+        "backbone",
+        Parameter.POSITIONAL_OR_KEYWORD,
+        default=None,
+        annotation=Backbone | BackboneConfig | str | None,
+    ),
+    returns=nn.Module,
+)
+
+
+def _build_on_levels(config: DetectorConfig, ready: Backbone | None) -> nn.Module:
+    model = ready or build_backbone(config.backbone)
+    if config.pyramid is not None and not isinstance(model, FeaturePyramid):
         usual: ExtraLevels = "p6p7" if config.detector in DENSE_DETECTORS else "maxpool"
         model = FeaturePyramid(
             model,
@@ -134,7 +104,7 @@ def _build_on_levels(config: DetectorConfig) -> nn.Module:
         detector = FCOS(as_torchvision(model), config.num_classes, anchor_generator=_fcos_anchors(model))
     else:
         detector = _build_r_cnn(config, model)
-    detector.transform = _transform(config, model.preprocessing)
+    detector.transform = _transform(config, model)
     return detector
 
 
@@ -163,13 +133,13 @@ def _build_r_cnn(config: DetectorConfig, model: Backbone) -> FasterRCNN:
     return FasterRCNN(backbone, **settings)
 
 
-def _build_faster_rcnn_on_c4(config: DetectorConfig) -> FasterRCNN:
+def _build_faster_rcnn_on_c4(config: DetectorConfig, ready: Backbone | None) -> FasterRCNN:
     """The C4 model (arXiv:1512.03385, appendix A): proposals on C4, and C5 runs on every proposal's features."""
-    body = build_backbone(config.backbone.model_copy(update={"out_features": ("c4", "c5")}))
-    if not isinstance(body, ResNet):
+    body = ready or build_backbone(config.backbone.model_copy(update={"out_features": ("c4", "c5")}))
+    if not isinstance(body, ResNet) or body.feature_specs.keys() != {"c4", "c5"}:
         raise ValueError(
-            f"box_head: c5 needs a network of our ResNet family, whose C5 runs on any map, got "
-            f"{config.backbone.name!r}; use box_head: mlp"
+            f"box_head: c5 needs a network of our ResNet family, whose C5 runs on any map, with c4 and c5, got "
+            f"{config.backbone.name!r} with {', '.join(body.feature_specs)}; use box_head: mlp"
         )
     channels = body.feature_specs["c5"].channels
     head = nn.Sequential(body.split_off_c5(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -180,12 +150,12 @@ def _build_faster_rcnn_on_c4(config: DetectorConfig) -> FasterRCNN:
         box_head=head,
         box_predictor=FastRCNNPredictor(channels, config.num_classes),
     )
-    detector.transform = _transform(config, body.preprocessing)
+    detector.transform = _transform(config, body)
     return detector
 
 
-def _build_segmenter(config: DetectorConfig) -> DeepLabV3 | FCN:
-    model = build_backbone(config.backbone)
+def _build_segmenter(config: DetectorConfig, ready: Backbone | None) -> DeepLabV3 | FCN:
+    model = ready or build_backbone(config.backbone)
     backbone = TorchvisionBackbone(model, {"c4": "aux", "c5": "out"})
     specs = backbone.feature_specs
     aux_classifier = FCNHead(specs["aux"].channels, config.num_classes) if config.aux_classifier else None
@@ -253,76 +223,6 @@ def _pooled_maps(backbone: TorchvisionBackbone) -> list[str]:
     return list(by_stride.values())
 
 
-class _BgrTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """For weights that were trained on BGR images; the caller's images are RGB, as everywhere in torchvision."""
-
-    def normalize(self, image: Tensor) -> Tensor:
-        return super().normalize(image.flip(0))  # type: ignore[no-any-return]
-
-
-def _transform(config: DetectorConfig, preprocessing: Preprocessing) -> GeneralizedRCNNTransform:
-    """Return torchvision's resizing and normalising, with the statistics that config or weights ask for."""
-    mean, std = unit_statistics(preprocessing, config.backbone.in_channels)
-    transform = _BgrTransform if preprocessing.channel_order == "bgr" else GeneralizedRCNNTransform
-    return transform(config.min_size, config.max_size, list(config.image_mean or mean), list(config.image_std or std))
-
-
-def expect_images(detector: nn.Module, config: DetectorConfig, preprocessing: Preprocessing) -> None:
-    """Let a detector of ``build_detector`` prepare images as weights expect them that are loaded afterwards."""
-    for module in detector.modules():
-        if isinstance(module, Backbone):
-            module.preprocessing = preprocessing
-    if config.detector not in SEGMENTERS:
-        detector.transform = _transform(config, preprocessing)
-
-
-def unit_statistics(preprocessing: Preprocessing, in_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation for images of 0 to 1 with ``in_channels`` channels.
-
-    One channel gets the average of the weights' channels; more than the weights know repeat them in turn, as a
-    pre-trained stem's channels do.
-    """
-    low, high = preprocessing.value_range
-    mean = [(value - low) / (high - low) for value in preprocessing.mean]
-    std = [value / (high - low) for value in preprocessing.std]
-    if in_channels == 1:
-        return (sum(mean) / len(mean),), (sum(std) / len(std),)
-    turns = range(in_channels)
-    return tuple(mean[turn % len(mean)] for turn in turns), tuple(std[turn % len(std)] for turn in turns)
-
-
-def load_torchvision_state(
-    detector: nn.Module, state: Mapping[str, Tensor], *, frozen_norm_eps: float | None = None
-) -> None:
-    """Load, strictly, a state dict of torchvision's own detector into one of ``build_detector``.
-
-    Args:
-        detector: The same detector on the same backbone.
-        state: ``state_dict()`` of torchvision's model, or its file's content.
-        frozen_norm_eps: Set on every frozen norm. torchvision's COCO_V1 weights of Faster, Mask and Keypoint R-CNN
-            and RetinaNet were trained with 0.0.
-
-    Raises:
-        RuntimeError: (torch's) If a key is missing, unexpected or of another shape.
-    """
-    detector.load_state_dict(from_torchvision_names(state))
-    for module in detector.modules():
-        if isinstance(module, FrozenBatchNorm2d) and frozen_norm_eps is not None:
-            module.eps = frozen_norm_eps
-
-
-def from_torchvision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict of torchvision's detector or segmenter under our names: only segmenters differ."""
-    renamed = {}
-    for key, value in state.items():
-        inside = key.removeprefix("backbone.")
-        rename = inside != key and not inside.startswith(("body.", "fpn."))
-        renamed[f"backbone.body.{inside}" if rename else key] = value
-    return renamed
-
-
-def to_torchvision_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict of ours under the names of torchvision's own detector or segmenter."""
-    if any(key.startswith("backbone.fpn.") for key in state):
-        return dict(state)
-    return {re.sub(r"^backbone\.body\.", "backbone.", key): value for key, value in state.items()}
+def _transform(config: DetectorConfig, model: Backbone) -> BackboneTransform:
+    """Return torchvision's resizing and normalising, with the statistics that the config, or else the weights, say."""
+    return BackboneTransform(model, config.min_size, config.max_size, config.image_mean, config.image_std)

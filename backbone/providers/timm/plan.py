@@ -128,6 +128,7 @@ def _plan(model: str, in_channels: int, output_stride: int, last_level: str) -> 
         raise ValueError(f"timm/{model}: no parameter makes {', '.join(constant)}; choose another model")
     owners = _owners(network, traced, [names.get(index, "stem") for index in kept], info[first]["module"])
     division = divide(network, owners, "stem")
+    _give_level_its_module(division, {name: info[index]["module"] for name, index in indices.items()})
     drop(network, division.unused)
     return Plan(
         indices, specs, is_vit, size_multiple, only_size, kept, division, _lacking(complete, network.state_dict())
@@ -251,6 +252,19 @@ def _owners(network: nn.Module, traced: Trace, stages: Sequence[str], first_modu
         for parameter in traced.called[0].parameters():
             owners[parameter] = "stem"
     return owners
+
+
+def _give_level_its_module(division: Division, module_of_level: Mapping[str, str]) -> None:
+    """Give each level a stage, the module that timm names as its own, where no parameter is: VGG's last pooling."""
+    for level, module in module_of_level.items():
+        if level not in division.modules and level not in division.parameters:
+            for modules in division.modules.values():
+                if module in modules and len(modules) > 1:
+                    modules.remove(module)
+                    division.modules[level] = [module]
+                    break
+            else:
+                division.modules[level] = []
 
 
 def _give_rest_to_stem(owners: dict[nn.Parameter, str], first_level: str, module: nn.Module | None) -> None:
