@@ -64,10 +64,10 @@ def _require_stages(backbone: Backbone, config: BackboneConfig) -> None:
         raise ValueError(
             f"stage_modules of {config.name!r} must be among {', '.join(STAGE_NAMES)}, got {', '.join(unknown)}"
         )
-    try:
-        _ = backbone.stages
-    except AttributeError as error:
-        raise ValueError(f"stage_modules of {config.name!r} must name modules it has, got another: {error}") from None
+    modules = dict(backbone.named_modules())
+    missing = [path for paths in backbone.stage_modules.values() for path in paths if path not in modules]
+    if missing:
+        raise ValueError(f"stage_modules of {config.name!r} must name modules it has, got {', '.join(missing)}")
 
 
 def _require_maps(backbone: Backbone, config: BackboneConfig) -> None:

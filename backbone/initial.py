@@ -41,16 +41,19 @@ class _Seen:
 
     Attributes:
         value: Its first number.
-        version: How often it had been written in place.
+        version: How often it had been written in place. Copying writes, so a copy of the network goes by values alone.
     """
 
     value: float
-    version: int
+    version: float
+
+    def __reduce__(self) -> tuple[type["_Seen"], tuple[float, float]]:
+        return _Seen, (self.value, math.inf)
 
     def is_still(self, tensor: object) -> bool:
         """Whether ``tensor`` has that value yet and was not written since; False where that cannot be told."""
         now = _look_at(tensor)
-        if now is None or now.version > self.version:  # a copy of the network counts anew, from 0
+        if now is None or now.version > self.version:
             return False
         return math.isclose(now.value, self.value, rel_tol=_TOLERANCE, abs_tol=1e-12)
 

@@ -20,6 +20,7 @@ from backbone.config import BackboneConfig
 from backbone.features import Backbone, HubOptions, Preprocessing, find_backbone
 from backbone.freeze import freeze_stages
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, thaw_norms
+from backbone.providers.hub import require_reachable
 from backbone.recipe import DetectorConfig
 from backbone.stages import STAGE_NAMES
 from backbone.weights.metadata import HEADER_KEY, Metadata
@@ -283,6 +284,8 @@ def _files(source: str | os.PathLike[str], options: HubOptions) -> tuple[Path, P
             name="huggingface_hub",
         ) from None
     settings: dict[str, Any] = dict(options)
+    if not options.get("local_files_only") and options.get("cache_dir") is None:
+        require_reachable(text, [WEIGHTS], revision=options.get("revision"))
     try:
         config, weights = (Path(hf_hub_download(text, name, **settings)) for name in (CONFIG, WEIGHTS))
     except Exception as error:  # its own errors are of many kinds, HTTP clients' among them

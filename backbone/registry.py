@@ -151,6 +151,8 @@ def _hint(name: str) -> str:
     """Return what an unknown ``name`` was probably meant to be: the same of a library, or one that is like it."""
     if name.endswith((".yaml", ".yml")):
         return "; a recipe's file is read by load_config(path);"
+    if name.lower() in list_backbones():
+        return f"; did you mean {name.lower()!r}?"
     of_libraries: dict[str, str] = {}
     for library in _LIBRARIES:
         if find_spec(library) is not None:

@@ -1,7 +1,5 @@
 """What several test files share: networks with random statistics, and the error measure of every parity test."""
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,10 +15,8 @@ def _seed() -> None:
 
 
 def build(name: str = "resnet18", **settings: object) -> Backbone:
-    """Build with trainable norms unless told otherwise; freezing random weights is what these tests do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        return build_backbone(BackboneConfig.model_validate({"name": name, "norm": "bn", **settings}))
+    """Build with trainable norms unless told otherwise."""
+    return build_backbone(BackboneConfig.model_validate({"name": name, "norm": "bn", **settings}))
 
 
 def randomise_norms(model: nn.Module) -> None:

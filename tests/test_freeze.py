@@ -11,10 +11,8 @@ from torch import nn
 
 from backbone import (
     Backbone,
-    BackboneConfig,
     FreezeSchedule,
     FrozenBatchNorm2d,
-    build_backbone,
     freeze_report,
     freeze_stages,
 )
@@ -179,18 +177,6 @@ def test_the_report_counts_what_is_there() -> None:
 def test_the_report_tells_still_weights_with_moving_statistics_from_frozen() -> None:
     model = build().requires_grad_(False)
     assert [stage.frozen for stage in freeze_report(model).values()] == [False] * 5
-
-
-@pytest.mark.parametrize("freeze_at", [0, 2])
-def test_frozen_norms_at_random_weights_warn_once_with_the_remedy(freeze_at: int) -> None:
-    with pytest.warns(UserWarning, match="set weights") as caught:
-        build_backbone(BackboneConfig(name="resnet18", norm="frozen_bn", freeze_at=freeze_at))
-    assert len(caught) == 1
-
-
-def test_frozen_stages_at_random_weights_warn() -> None:
-    with pytest.warns(UserWarning, match="the first 2 stages are frozen at random weights"):
-        build_backbone(BackboneConfig(name="resnet18", norm="bn", freeze_at=2))
 
 
 SCHEDULE = FreezeSchedule({0: 3, 2: 1, 5: 0})

@@ -16,6 +16,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from backbone.providers.hub import require_reachable
 from backbone.weights.formats import timm, torchvision
 from backbone.weights.reading import CHECKPOINT_SUFFIXES, MAX_FILE_BYTES, Checkpoint, read_checkpoint
 from backbone.weights.writing import put_in_place
@@ -142,6 +143,7 @@ def _from_hugging_face(address: str) -> Path:
     except ImportError:
         raise ImportError(f"{address} needs huggingface_hub; install it with: pip install huggingface_hub") from None
     repository, revision, file = found.groups()
+    require_reachable(repository, [file], revision=revision)
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # its own errors are of many kinds, HTTP clients' among them

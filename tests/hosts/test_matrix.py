@@ -88,7 +88,6 @@ HOSTS: dict[str, Callable[[str, str], tuple[nn.Module, Losses, Callable[[], obje
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_backbone_trains_and_infers_in(host: str, backbone: str) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script.*` is deprecated")  # detectron2 uses it
         warnings.filterwarnings("ignore", message="torch.meshgrid")  # detectron2 does not name the indexing
         model, loss, infer = HOSTS[host](host, backbone)

@@ -1,7 +1,6 @@
 """torchvision's own detectors, with the same weights, must find the same and learn the same."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -59,11 +58,9 @@ TRAINABLE_PARAMETERS = {  # torchvision's, for trainable_layers 0 to 5
 
 def build(detector: str, *, backbone: dict[str, Any] | None = None, **settings: object) -> nn.Module:
     config = {"detector": detector, "num_classes": NUM_CLASSES, "min_size": MIN_SIZE, **settings}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        return build_detector(
-            DetectorConfig.model_validate({**config, "backbone": {"name": "resnet50", **(backbone or {})}})
-        )
+    return build_detector(
+        DetectorConfig.model_validate({**config, "backbone": {"name": "resnet50", **(backbone or {})}})
+    )
 
 
 @pytest.fixture(scope="module")

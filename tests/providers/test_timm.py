@@ -91,7 +91,6 @@ def batch(backbone: TimmBackbone, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, *(backbone.only_size or (64, 64)))
 
 
-@pytest.mark.filterwarnings("ignore:.*frozen at random weights")
 @pytest.mark.parametrize("model", MODELS)
 def test_model_keeps_the_whole_contract(checks: Any, model: str) -> None:
     assert checks.check(model, MODELS[model]) == ""

@@ -21,8 +21,6 @@ IGNORED_WARNINGS: Final = [
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
     # Lightning 2.6 asks torch's pytree for leaves in a way that torch 2.14 is about to drop
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
-    # frozen random weights are what these tests train on
-    "ignore:.*frozen at random weights:UserWarning",
     # TensorBoard reads a module of protobuf that Python 3.12 is about to drop
     "ignore:Type google\\._upb\\._message\\..* uses PyType_Spec:DeprecationWarning",
 ]

@@ -274,6 +274,7 @@ def test_hugging_face_address_goes_through_its_hub(tmp_path: Path, monkeypatch: 
         return str(tmp_path / "model.bin")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost")  # a name that is known without a network
     load_weights(build(), "hf://microsoft/resnet-18/sub/model.bin", name="resnet18")
     load_weights(build(), "hf://microsoft/resnet-18@main/model.bin", name="resnet18")
     assert asked == [("microsoft/resnet-18", "sub/model.bin", None), ("microsoft/resnet-18", "model.bin", "main")]
@@ -301,6 +302,7 @@ def test_timm_name_goes_through_timms_hub(monkeypatch: pytest.MonkeyPatch) -> No
         return theirs
 
     monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost")  # a name that is known without a network
     model = build()
     report = load_weights(model, "timm/resnet18.a1_in1k", name="resnet18")
     assert asked == [("resnet18.a1_in1k", True)]

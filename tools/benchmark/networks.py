@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -146,9 +145,7 @@ def trainable_names(name: str) -> frozenset[str]:
 
 def frozen_backbone(name: str, freeze_at: int) -> Backbone:
     """Ours, as a user builds it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        return build_backbone(BackboneConfig(name=name, freeze_at=freeze_at))
+    return build_backbone(BackboneConfig(name=name, freeze_at=freeze_at))
 
 
 def torchvision_network(case: Case) -> nn.Module:

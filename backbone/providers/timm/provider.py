@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from backbone.config import BackboneConfig, NormName, did_you_mean
 from backbone.features import Backbone, Features, Preprocessing, require_images
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, norm_layer, register_frozen_form
+from backbone.providers.hub import require_reachable
 from backbone.providers.input_channels import adapt_preprocessing, stem_mapping
 from backbone.providers.timm import fused as timm_fused
 from backbone.providers.timm import plan as timm_plan
@@ -178,7 +179,10 @@ class TimmBackbone(Backbone):
             is_this = tags and named_model == model and named_tag in ("", *tags)
             hint = f"; write {named_tag or 'default'}" if is_this else ""
             raise ValueError(f"weights of timm/{model} must be {offered}, or a file; got {name!r}{hint}")
+        published = get_arch_pretrained_cfgs(model)[f"{model}.{tag}" if tag else model]
         try:
+            if published.hf_hub_id and not published.file:
+                require_reachable(published.hf_hub_id.partition("@")[0])
             return self._pretrained(f"{model}.{tag}", {})
         except (OSError, RuntimeError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError

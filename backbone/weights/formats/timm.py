@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from backbone.features import Preprocessing
+from backbone.providers.hub import require_reachable
 from backbone.weights.formats.torchvision import NAMES
 from backbone.weights.metadata import Metadata
 from backbone.weights.reading import Checkpoint
@@ -35,6 +36,11 @@ def download(source: str) -> Checkpoint:
         import timm
     except ImportError:
         raise ImportError(f"{source} needs timm; install it with: pip install timm") from None
+    published_at = getattr(
+        timm.get_pretrained_cfg(source.removeprefix(PREFIX), allow_unregistered=True), "hf_hub_id", None
+    )
+    if published_at:
+        require_reachable(published_at)
     try:
         model = timm.create_model(source.removeprefix(PREFIX), pretrained=True)
     except Exception as error:  # RuntimeError, ValueError, and whatever the hub raises
