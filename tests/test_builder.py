@@ -227,7 +227,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     monkeypatch.setattr(registry_module, "_constructors", dict(registry_module._constructors))
-    return lambda ignored: register_backbone("plugin")(lambda config: Plugin(config, ignored)) and None
+
+    def plugin(ignored: str) -> None:
+        register_backbone("plugin")(lambda config: Plugin(config, ignored))
+
+    return plugin
 
 
 @pytest.mark.parametrize("ignored", BROKEN)

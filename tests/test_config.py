@@ -167,7 +167,7 @@ def test_config_cannot_be_changed_after_its_checks() -> None:
 
 def test_weights_may_be_a_path_object() -> None:
     path = Path("some") / "resnet50.pth"
-    assert BackboneConfig(name="resnet50", weights=path).weights == str(path)  # type: ignore[arg-type]
+    assert BackboneConfig(name="resnet50", weights=path).weights == str(path)
 
 
 @pytest.mark.parametrize(

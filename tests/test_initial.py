@@ -154,8 +154,10 @@ def test_jit_trace_works() -> None:
     model = build_backbone("resnet18", out_features=["c2"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.trace.* is deprecated")  # torch 2.14
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # shapes are compared, as in every check
-        traced = torch.jit.trace(model, IMAGES, strict=False)
+        warnings.filterwarnings(
+            "ignore", category=torch.jit._trace.TracerWarning
+        )  # shapes are compared, as in every check
+        traced: Any = torch.jit.trace(model, IMAGES, strict=False)  # type: ignore[no-untyped-call]
     assert torch.allclose(traced(IMAGES)["c2"], model(IMAGES)["c2"], atol=1e-5)
 
 

@@ -12,20 +12,25 @@ from PIL import Image
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 
+import backbone
+import backbone.hosts.torchvision as torchvision_host
 from backbone import (
-    BackboneConfig,
-    DetectorConfig,
     FeaturePyramid,
-    build_backbone,
     freeze_stages,
     from_pretrained,
     load_config,
     load_detector_config,
-    load_weights,
-    optimize_for_inference,
     save_pretrained,
 )
-from backbone.hosts.torchvision import as_torchvision, build_detector
+from backbone.hosts.torchvision import as_torchvision
+
+# A type checker would find most of these mistakes before they are made.
+build_backbone: Any = backbone.build_backbone
+build_detector: Any = torchvision_host.build_detector
+load_weights: Any = backbone.load_weights
+optimize_for_inference: Any = backbone.optimize_for_inference
+BackboneConfig: Any = backbone.BackboneConfig
+DetectorConfig: Any = backbone.DetectorConfig
 
 CONFIGS = Path(__file__).parent.parent / "backbone" / "configs"
 BACKBONE, DETECTOR = CONFIGS / "resnet50.yaml", CONFIGS / "detectors" / "faster_rcnn_resnet50.yaml"
@@ -47,97 +52,216 @@ MISTAKES: dict[str, tuple[Callable[[], object], str, str, str]] = {
     "misspelt name": (lambda: build_backbone("resnet52"), "unknown backbone", "'resnet52'", "did you mean 'resnet50'?"),
     "name of the paper": (lambda: build_backbone("ResNet-50"), "unknown backbone", "'ResNet-50'", "known: resnet101"),
     "timm's name alone": (
-        lambda: build_backbone("convnext_tiny"), "unknown backbone", "'convnext_tiny'", "'timm/convnext_tiny'",
+        lambda: build_backbone("convnext_tiny"),
+        "unknown backbone",
+        "'convnext_tiny'",
+        "'timm/convnext_tiny'",
     ),
     "misspelt timm name": (
-        lambda: build_backbone("timm/convnext_tinny"), "unknown backbone", "tinny", "did you mean 'timm/convnext_tiny'?",
+        lambda: build_backbone("timm/convnext_tinny"),
+        "unknown backbone",
+        "tinny",
+        "did you mean 'timm/convnext_tiny'?",
     ),
     "file for a name": (lambda: build_backbone("r50.yaml"), "unknown backbone", "'r50.yaml'", "load_config(path)"),
     "misspelt key": (
-        lambda: build_backbone("resnet18", freez_at=2), "unknown key", "'freez_at'", "did you mean 'freeze_at'?",
+        lambda: build_backbone("resnet18", freez_at=2),
+        "unknown key",
+        "'freez_at'",
+        "did you mean 'freeze_at'?",
     ),
     "misspelt key of a config": (
-        lambda: BackboneConfig("resnet18", nrom="bn"), "unknown key", "'nrom'", "did you mean 'norm'?",
+        lambda: BackboneConfig("resnet18", nrom="bn"),
+        "unknown key",
+        "'nrom'",
+        "did you mean 'norm'?",
     ),
     "freeze_at 6": (lambda: build_backbone("resnet18", freeze_at=6), "freeze_at must be 0 to 5", "got 6", "0 freezes"),
-    "freeze_at 6 later": (lambda: freeze_stages(SMALL, 6), "freeze_at must be 0 to 5", "got 6", "counted from the stem"),
+    "freeze_at 6 later": (
+        lambda: freeze_stages(SMALL, 6),
+        "freeze_at must be 0 to 5",
+        "got 6",
+        "counted from the stem",
+    ),
     "norm of another library": (
-        lambda: build_backbone("resnet18", norm="FrozenBN"), "norm must be", "got 'FrozenBN'", "frozen_bn, bn, sync_bn",
+        lambda: build_backbone("resnet18", norm="FrozenBN"),
+        "norm must be",
+        "got 'FrozenBN'",
+        "frozen_bn, bn, sync_bn",
     ),
     "output stride 4": (
-        lambda: build_backbone("resnet18", output_stride=4), "output_stride must be", "got 4", "32, 16 or 8",
+        lambda: build_backbone("resnet18", output_stride=4),
+        "output_stride must be",
+        "got 4",
+        "32, 16 or 8",
     ),
     "features of detectron2": (
-        lambda: build_backbone("resnet18", out_features=["res5"]), "out_features must be", "'res5'", "c2, c3, c4, c5",
+        lambda: build_backbone("resnet18", out_features=["res5"]),
+        "out_features must be",
+        "'res5'",
+        "c2, c3, c4, c5",
     ),
-    "a dict for a config": (lambda: build_backbone({"name": "resnet18"}), "takes a name", "got dict", "BackboneConfig(**"),
+    "a dict for a config": (
+        lambda: build_backbone({"name": "resnet18"}),
+        "takes a name",
+        "got dict",
+        "BackboneConfig(**",
+    ),
     "a detector's config to build_backbone": (
-        lambda: build_backbone(load_detector_config(DETECTOR)), "takes a name", "got DetectorConfig", "build_detector",
+        lambda: build_backbone(load_detector_config(DETECTOR)),
+        "takes a name",
+        "got DetectorConfig",
+        "build_detector",
     ),
     "a detector's file to load_config": (
-        lambda: load_config(DETECTOR), "a backbone's keys begin with name", "(faster_rcnn)", "load_detector_config",
+        lambda: load_config(DETECTOR),
+        "a backbone's keys begin with name",
+        "(faster_rcnn)",
+        "load_detector_config",
     ),
     "a backbone's file to load_detector_config": (
-        lambda: load_detector_config(BACKBONE), "a detector's keys are detector, backbone", "(resnet50)", "load_config",
+        lambda: load_detector_config(BACKBONE),
+        "a detector's keys are detector, backbone",
+        "(resnet50)",
+        "load_config",
     ),
     "no such config": (lambda: load_config("nowhere.yaml"), "must be an existing YAML file", "'nowhere.yaml'", "check"),
     "config changed in place": (
-        lambda: setattr(BackboneConfig("resnet18"), "freeze_at", 2), "freeze_at cannot be changed", "freeze_at", "make another",
+        lambda: setattr(BackboneConfig("resnet18"), "freeze_at", 2),
+        "freeze_at cannot be changed",
+        "freeze_at",
+        "make another",
     ),
     "misspelt weights": (
-        lambda: build_backbone("resnet18", weights="IMAGENET_V1"), "weights of resnet18 must be", "'IMAGENET_V1'", "IMAGENET1K_V1",
+        lambda: build_backbone("resnet18", weights="IMAGENET_V1"),
+        "weights of resnet18 must be",
+        "'IMAGENET_V1'",
+        "IMAGENET1K_V1",
     ),
     "weights of another depth": (
-        lambda: load_weights(SMALL, DEEPER), "does not fit this network", "12 unexpected", "(resnet34)" if False else "Choose the name",
+        lambda: load_weights(SMALL, DEEPER),
+        "does not fit this network",
+        "12 unexpected",
+        "Choose the name",
     ),
     "a model for weights": (
-        lambda: load_weights(SMALL, SMALL), "weights must be a name, a path", "got ResNet", "model.state_dict()",
+        lambda: load_weights(SMALL, SMALL),
+        "weights must be a name, a path",
+        "got ResNet",
+        "model.state_dict()",
     ),
     "no such weights": (
-        lambda: load_weights(SMALL, Path("nowhere.pth")), "must be an existing file", "'nowhere.pth'", "check the path",
+        lambda: load_weights(SMALL, Path("nowhere.pth")),
+        "must be an existing file",
+        "'nowhere.pth'",
+        "check the path",
     ),
     "a state dict in a config": (
-        lambda: BackboneConfig("resnet18", weights=DEEPER), "must be a name, path or address", "got a state dict of", "load_weights",
+        lambda: BackboneConfig("resnet18", weights=DEEPER),
+        "must be a name, path or address",
+        "got a state dict of",
+        "load_weights",
     ),
     "channels chosen without weights": (
-        lambda: build_backbone("resnet18", stem_channels_from=[2, 1, 0]), "stem_channels_from maps", "weights: null", "give weights",
+        lambda: build_backbone("resnet18", stem_channels_from=[2, 1, 0]),
+        "stem_channels_from maps",
+        "weights: null",
+        "give weights",
     ),
     "uint8 images": (
-        lambda: run(torch.zeros(1, 3, 9, 9, dtype=torch.uint8)), "must be a floating-point tensor", "torch.uint8", "model.transforms()",
+        lambda: run(torch.zeros(1, 3, 9, 9, dtype=torch.uint8)),
+        "must be a floating-point tensor",
+        "torch.uint8",
+        "model.transforms()",
     ),
     "channels last": (lambda: run(torch.rand(1, 9, 9, 3)), "(N, 3, H, W)", "(1, 9, 9, 3)", "movedim(-1, 1)"),
     "no batch": (lambda: run(torch.rand(3, 9, 9)), "(N, 3, H, W)", "(3, 9, 9)", "model.transforms()([image])"),
-    "numpy images": (lambda: run(np.zeros((9, 9, 3))), "must be a floating-point tensor", "ndarray", "model.transforms()"),
-    "a photo": (lambda: run(Image.new("RGB", (9, 9))), "must be a floating-point tensor", "Image", "model.transforms()"),
-    "a list of images": (lambda: run([torch.rand(3, 9, 9)]), "must be a floating-point tensor", "list", "model.transforms()"),
+    "numpy images": (
+        lambda: run(np.zeros((9, 9, 3))),
+        "must be a floating-point tensor",
+        "ndarray",
+        "model.transforms()",
+    ),
+    "a photo": (
+        lambda: run(Image.new("RGB", (9, 9))),
+        "must be a floating-point tensor",
+        "Image",
+        "model.transforms()",
+    ),
+    "a list of images": (
+        lambda: run([torch.rand(3, 9, 9)]),
+        "must be a floating-point tensor",
+        "list",
+        "model.transforms()",
+    ),
     "other channels": (lambda: run(torch.rand(1, 4, 9, 9)), "(N, 3, H, W)", "(1, 4, 9, 9)", "in_channels=4"),
     "classes of a detector's backbone": (
         lambda: build_detector("fcos", BackboneConfig("resnet18", num_classes=9)),
-        "no use for the backbone's classifier", "got backbone.num_classes 9", "outside of backbone",
+        "no use for the backbone's classifier",
+        "got backbone.num_classes 9",
+        "outside of backbone",
     ),
     "misspelt detector": (
-        lambda: build_detector("fastrcnn", "resnet18"), "unknown detector", "'fastrcnn'", "did you mean 'faster_rcnn'?",
+        lambda: build_detector("fastrcnn", "resnet18"),
+        "unknown detector",
+        "'fastrcnn'",
+        "did you mean 'faster_rcnn'?",
     ),
     "detector without a backbone": (
-        lambda: build_detector("fcos"), "fcos needs a backbone", "got none", "build_detector('fcos', 'resnet50', ...)",
+        lambda: build_detector("fcos"),
+        "fcos needs a backbone",
+        "got none",
+        "build_detector('fcos', 'resnet50', ...)",
     ),
     "backbone for a detector": (
-        lambda: build_detector(SMALL), "takes a detector's name", "got ResNet", "build_detector('faster_rcnn', backbone",
+        lambda: build_detector(SMALL),
+        "takes a detector's name",
+        "got ResNet",
+        "build_detector('faster_rcnn', backbone",
     ),
     "misspelt key of a detector": (
-        lambda: build_detector("fcos", "resnet18", num_clases=3), "unknown key", "'num_clases'", "did you mean 'num_classes'?",
+        lambda: build_detector("fcos", "resnet18", num_clases=3),
+        "unknown key",
+        "'num_clases'",
+        "did you mean 'num_classes'?",
     ),
     "key of another detector": (
-        lambda: DetectorConfig(detector="fcos", backbone="resnet18", box_head="c5"), "box_head is for faster_rcnn", "got detector fcos", "remove it",
+        lambda: DetectorConfig(detector="fcos", backbone="resnet18", box_head="c5"),
+        "box_head is for faster_rcnn",
+        "got detector fcos",
+        "remove it",
     ),
     "several maps for torchvision": (
-        lambda: as_torchvision(build_backbone("resnet18")), "same channels on every level", "64, 128, 256, 512", "put a FeaturePyramid on it",
+        lambda: as_torchvision(build_backbone("resnet18")),
+        "same channels on every level",
+        "64, 128, 256, 512",
+        "put a FeaturePyramid on it",
     ),
-    "bare pyramid for torchvision": (detect_on_a_bare_pyramid, "pools boxes from maps named 0", "p2, p3", "as_torchvision(pyramid)"),
-    "saving what cannot be": (lambda: save_pretrained(nn.Linear(1, 1), "x"), "takes a backbone", "got Linear", "build it so"),
-    "no such folder": (lambda: from_pretrained("./nowhere"), "takes an existing folder or an id", "'./nowhere'", "check the path"),
-    "dtype by its name": (lambda: optimize_for_inference(SMALL, dtype="bf16"), "dtype must be", "got bf16", "one of torch.float16"),
-}  # fmt: skip
+    "bare pyramid for torchvision": (
+        detect_on_a_bare_pyramid,
+        "pools boxes from maps named 0",
+        "p2, p3",
+        "as_torchvision(pyramid)",
+    ),
+    "saving what cannot be": (
+        lambda: save_pretrained(nn.Linear(1, 1), "x"),
+        "takes a backbone",
+        "got Linear",
+        "build it so",
+    ),
+    "no such folder": (
+        lambda: from_pretrained("./nowhere"),
+        "takes an existing folder or an id",
+        "'./nowhere'",
+        "check the path",
+    ),
+    "dtype by its name": (
+        lambda: optimize_for_inference(SMALL, dtype="bf16"),
+        "dtype must be",
+        "got bf16",
+        "one of torch.float16",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -155,7 +279,7 @@ def test_mistake_gets_rule_value_and_remedy_on_one_line(mistake: str) -> None:
 @pytest.mark.parametrize("move", [lambda model: model.cuda(), lambda model: model.to("cuda")])
 def test_moving_to_a_gpu_that_is_not_there_is_one_line(move: Callable[[nn.Module], object]) -> None:
     with pytest.raises(
-        RuntimeError, match="moves to a CUDA device that torch can see, got none .*; stay on the CPU"
+        RuntimeError, match=r"moves to a CUDA device that torch can see, got none .*; stay on the CPU"
     ) as caught:
         move(build_backbone("resnet18", out_features=["c2"]))
     assert "\n" not in str(caught.value)
@@ -180,7 +304,7 @@ def test_missing_extra_is_named(
 
 def test_unknown_name_without_timm_is_told_of_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backbone.registry.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="unknown backbone 'convnext_tiny'; .*known: resnet101"):
+    with pytest.raises(ValueError, match=r"unknown backbone 'convnext_tiny'; .*known: resnet101"):
         build_backbone("convnext_tiny")
 
 

@@ -47,7 +47,7 @@ def with_odd_state() -> Backbone:
 
 MODELS: dict[str, Any] = {
     "backbone": lambda: resnet(norm="bn", freeze_at=2),
-    "frozen norms": lambda: resnet(),
+    "frozen norms": resnet,
     "odd state": with_odd_state,
     "bfloat16": lambda: resnet(norm="bn").to(torch.bfloat16),
     "one channel, dilated": lambda: resnet(in_channels=1, norm="gn", output_stride=16, out_features=["c5"]),

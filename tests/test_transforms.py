@@ -60,7 +60,7 @@ def test_it_is_a_v2_transform_with_resizing(model: Backbone) -> None:
 
 
 def test_boxes_beside_the_image_are_resized_along(model: Backbone) -> None:
-    boxes = tv_tensors.BoundingBoxes([[0, 0, 20, 40]], format="XYXY", canvas_size=(48, 48))  # type: ignore[call-overload]
+    boxes = tv_tensors.BoundingBoxes([[0, 0, 20, 40]], format="XYXY", canvas_size=(48, 48))
     _, resized = model.transforms(24)(KINDS["PIL"], boxes)
     assert resized.tolist() == [[0, 0, 10, 20]]
 

@@ -17,7 +17,7 @@ from backbone.hosts.torchvision import as_torchvision, build_detector, detector_
 
 HALF = Preprocessing((0.5,) * 3, (0.5,) * 3)
 BGR = Preprocessing((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), "bgr", (0.0, 255.0))
-SIZE = {"min_size": 64, "max_size": 64}
+SIZE: dict[str, Any] = {"min_size": 64, "max_size": 64}
 IMAGES = [torch.rand(3, 64, 64)]
 
 
@@ -117,12 +117,15 @@ def test_copies_of_a_detector_follow_their_own_backbone() -> None:
     other = copy.deepcopy(detector)
     other.backbone.body.preprocessing = HALF
     assert (detector.transform.image_mean[0], other.transform.image_mean[0]) == (0.485, 0.5)
-    assert optimize_for_inference(other).transform.image_mean[0] == 0.5  # type: ignore[union-attr]
+    fast: Any = optimize_for_inference(other)
+    assert fast.transform.image_mean[0] == 0.5
     assert len(detector.state_dict()) == len({key for key in detector.state_dict() if not key.startswith("transform")})
 
 
 def test_keywords_cannot_say_bgr() -> None:
-    with pytest.raises(ValueError, match="got weights that expect BGR; set detector.transform = torchvision_transform"):
+    with pytest.raises(
+        ValueError, match=r"got weights that expect BGR; set detector.transform = torchvision_transform"
+    ):
         detector_kwargs(pyramid(BGR))
 
 
