@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from backbone.features import Backbone
+from backbone.features import Backbone, find_backbone
 from backbone.norm import (
     AnyBatchNorm,
     FrozenBatchNorm2d,
@@ -18,7 +18,7 @@ from backbone.norm import (
 from backbone.stages import STAGE_NAMES
 
 
-def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
+def freeze_stages(model: nn.Module, freeze_at: int) -> None:
     """Leave exactly the first ``freeze_at`` stages frozen, in place.
 
     Stage 1 is the stem, 2 is C2, ... 5 is C5; 0 thaws everything. Frozen parameters require no grad and hold no grad.
@@ -28,16 +28,17 @@ def freeze_stages(backbone: Backbone, freeze_at: int) -> None:
     frozen (``norm="frozen_bn"``) stay so in every stage; ``thaw_norms`` makes them trainable.
 
     Args:
-        backbone: Any backbone of this package; weights already loaded.
+        model: Any backbone of this package, or a pyramid or detector that holds one; weights already loaded.
         freeze_at: Number of stages, 0 to 5. Stages that were not built count, and have nothing to freeze.
             torchvision's ``trainable_layers`` is ``5 - freeze_at``, mmdetection's ``frozen_stages`` is
             ``freeze_at - 1``.
 
     Raises:
-        ValueError: If ``freeze_at`` is not an integer from 0 to 5, or a frozen stage has a batch norm that
-            cannot be frozen.
+        ValueError: If ``freeze_at`` is not an integer from 0 to 5, a frozen stage has a batch norm that cannot be
+            frozen, or there is no backbone in ``model``.
     """
     _require_freeze_at(freeze_at)
+    backbone = find_backbone(model)
     stages = [(modules, STAGE_NAMES.index(stage) < freeze_at) for stage, modules in _modules_by_stage(backbone)]
     for modules, freeze in stages:  # all before the first is touched
         for path, module in modules.items():
@@ -100,18 +101,18 @@ class FreezeSchedule:
         """Return the number of frozen stages in ``epoch``, counted from 0."""
         return [freeze_at for start, freeze_at in self._periods if start <= epoch][-1]
 
-    def apply(self, backbone: Backbone, epoch: int) -> bool:
-        """Freeze and thaw ``backbone`` as ``epoch`` wants it; return whether that changed what trains."""
-        before = _trainable_names(backbone)
-        freeze_stages(backbone, self.freeze_at(epoch))
-        return _trainable_names(backbone) != before
+    def apply(self, model: nn.Module, epoch: int) -> bool:
+        """Freeze and thaw the backbone of ``model`` as ``epoch`` wants it; return whether that changed what trains."""
+        before = _trainable_names(model)
+        freeze_stages(model, self.freeze_at(epoch))
+        return _trainable_names(model) != before
 
     def __repr__(self) -> str:
         return f"FreezeSchedule({dict(self._periods)})"
 
 
-def _trainable_names(backbone: Backbone) -> set[str]:
-    return {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+def _trainable_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _set_trainable(module: nn.Module, trainable: bool) -> None:
@@ -143,13 +144,13 @@ class StageReport:
     frozen: bool
 
 
-def freeze_report(backbone: Backbone) -> dict[str, StageReport]:
+def freeze_report(model: nn.Module) -> dict[str, StageReport]:
     """Return what is trainable and what is frozen in each stage, stem first, read from the modules as they are.
 
     Whoever froze them: norms of other libraries that have no way to move count as frozen, and so do batch norms in
-    evaluation mode.
+    evaluation mode. ``model`` is a backbone, or a pyramid or detector that holds one.
     """
-    return {stage: _report(modules) for stage, modules in backbone.stages.items()}
+    return {stage: _report(modules) for stage, modules in find_backbone(model).stages.items()}
 
 
 def _report(modules: nn.ModuleList) -> StageReport:

@@ -17,8 +17,11 @@ from backbone import (
     FeaturePyramid,
     Features,
     FeatureSpec,
+    FreezeSchedule,
     Preprocessing,
     build_backbone,
+    freeze_report,
+    freeze_stages,
     list_backbones,
     load_weights,
     register_backbone,
@@ -295,6 +298,18 @@ def test_detector_config_takes_keys_over_it_and_a_name_as_backbone() -> None:
     model: Any = build_detector(config, num_classes=3)
     assert (model.config.num_classes, config.num_classes) == (3, 5)
     assert model.config.backbone.out_features == ("c3", "c4", "c5")
+
+
+def test_freezing_reaches_the_backbone_of_a_detector_and_nothing_else() -> None:
+    detector = build_detector("fcos", "resnet18", num_classes=2, pyramid={"out_channels": 32})
+    freeze_stages(detector, 2)
+    frozen = {
+        name.split(".")[2] for name, p in detector.named_parameters() if not p.requires_grad and ".bn" not in name
+    }
+    assert frozen - {"layer2", "layer3", "layer4"} == {"conv1", "layer1"}
+    assert [stage.frozen for stage in freeze_report(detector).values()] == [True, True, False, False, False]
+    assert FreezeSchedule({0: 0}).apply(detector, 0)
+    assert all(p.requires_grad for name, p in detector.named_parameters() if "layer1.0.conv" in name)
 
 
 def test_version_is_the_projects() -> None:
