@@ -33,7 +33,9 @@ class _FirstCall:
     """A hook before the forward of a feature extractor; it goes with the first call by a detector."""
 
     def __call__(self, extractor: nn.Module, _inputs: object) -> None:
-        if not isinstance(extractor, Backbone) or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        if not isinstance(extractor, Backbone) or torch.compiler.is_compiling():
+            return
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
         detector = _caller(sys._getframe(1))
         if detector is None:

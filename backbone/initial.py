@@ -106,7 +106,7 @@ def _is_frozen(backbone: Backbone, stage: str) -> bool:
 def _is_traced() -> bool:
     return (
         torch.compiler.is_compiling()
-        or bool(torch._C._get_tracing_state())
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 
