@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "backbone"
 ORDER = (
     {"strict", "stages", "config", "features", "images", "transforms"},
     {"norm", "registry"},
-    {"freeze", "recipe"},
+    {"freeze", "recipe", "shipped"},
     {"engine"},
     {"providers"},
     {"weights"},

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from backbone.hosts.torchvision.detectors import from_torchvision_names
+from backbone.hosts.torchvision import from_torchvision_names
 from backbone.recipe import DetectorConfig
 from backbone.training.facts import adopt_facts, read_run
 
