@@ -5,7 +5,7 @@ source (sources.py) -> tensors (reading.py) -> our names (recognise.py, one file
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -17,7 +17,8 @@ from backbone.weights.fit import require_fit
 from backbone.weights.inspect import Inspection, inspect_weights
 from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bgr
 from backbone.weights.reading import Checkpoint
-from backbone.weights.recognise import STEM, Recognised, recognise, wrapper
+from backbone.weights.recognise import STEM, Recognised, recognise, under_timms_names, wrapper
+from backbone.weights.renaming import describe_misfit, renamed
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
@@ -44,6 +45,7 @@ def load_weights(
     *,
     name: str,
     stem_channels_from: Sequence[int | None] | None = None,
+    rename: Callable[[str], str | None] | None = None,
 ) -> LoadReport:
     """Load weights of any known format into ``backbone``, and note the preprocessing they expect.
 
@@ -58,6 +60,8 @@ def load_weights(
         name: Registered name of the network, under which torchvision knows its weights.
         stem_channels_from: For each input channel the pre-trained channel it copies, None for a zero; by default
             RGB weights are summed for one input channel, repeated and rescaled for more than three.
+        rename: For names that are no known library's: gets each key, as ``backbone inspect`` lists it, and returns its
+            name in this network or in a known format; None drops the key.
 
     Returns:
         What happened to every key; also logged as ``backbone.weights`` at level INFO.
@@ -69,7 +73,7 @@ def load_weights(
         ValueError: If the source is neither, the file is damaged or carries code, keys or shapes differ, a weight is
             not finite, or the weights are known to belong to another network.
     """
-    checkpoint = _open(backbone, source, name)
+    checkpoint = _open(backbone, source, name, rename)
     own = backbone.state_dict()
     found = recognise(checkpoint, lambda key: key in own or key.startswith(backbone.unbuilt_prefixes))
     state, preprocessing, adapted = _fit_stem(found, own, stem_channels_from, name)
@@ -82,14 +86,15 @@ def load_weights(
     eps = DEFAULT_EPS if found.metadata.eps is None and found.format else found.metadata.eps
     adapted += set_eps(backbone, eps)
     backbone.preprocessing = preprocessing
+    origin = checkpoint.origin
     report = LoadReport(
         source=checkpoint.source,
-        format=found.format.name if found.format else name,
-        why=found.why,
-        prefix=found.prefix,
+        format=origin.format if origin else found.format.name if found.format else name,
+        why=origin.why if origin else found.why,
+        prefix=origin.prefix if origin else found.prefix,
         loaded=list(state),
         missing=[key for key in own if key not in state],
-        dropped=dropped,
+        dropped={**(origin.dropped if origin else {}), **dropped},
         reshaped=[key for key in state if key in found.state and state[key].shape != found.state[key].shape],
         adapted=[*found.additions, *adapted],
         metadata=found.metadata,
@@ -98,19 +103,21 @@ def load_weights(
     return report
 
 
-def _open(backbone: Backbone, source: str | os.PathLike[str], name: str) -> Checkpoint:
+def _open(
+    backbone: Backbone, source: str | os.PathLike[str], name: str, rename: Callable[[str], str | None] | None
+) -> Checkpoint:
     """Read ``source``; what is no location may be a name that the network's own library knows."""
     named = None if is_location(source) else backbone.named_weights(str(source))
     if named is not None:
         facts = Metadata(f"the network's library publishes it as {source}", known=True, preprocessing=named[1])
         return Checkpoint(str(source), named[0], facts=facts)
-    checkpoint = open_source(source, name)
+    checkpoint = under_timms_names(renamed(open_source(source, name), rename))
     prefix = wrapper(checkpoint.tensors)
     inside = {k.removeprefix(prefix): value for k, value in checkpoint.tensors.items() if k.startswith(prefix)}
     try:
         adapted = backbone.adapt_weights(inside)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.source}: {error}") from None
+        raise ValueError(describe_misfit(checkpoint, inside, backbone, name, error)) from None
     if adapted is None:
         return checkpoint
     tensors = {key: value for key, value in checkpoint.tensors.items() if not key.startswith(prefix)}

@@ -2,6 +2,8 @@
 
 from typing import Any, Final
 
+import torch
+
 from backbone.features import Preprocessing
 from backbone.weights.formats.torchvision import NAMES
 from backbone.weights.metadata import Metadata
@@ -22,6 +24,20 @@ def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
 
 
 TIMM: Final = Format("timm", NAMES, _sign, _metadata)
+
+
+def create(name: str, **settings: Any) -> Any:  # noqa: ANN401 - timm types its models as modules only
+    """Return timm's network ``name`` on the meta device, which takes no memory.
+
+    Raises:
+        ModuleNotFoundError: If timm is not installed.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"the parts of {name} are known by timm: pip install 'backbone[timm]'") from None
+    with torch.device("meta"):
+        return timm.create_model(name.removeprefix(PREFIX), **settings)
 
 
 def download(source: str) -> Checkpoint:
