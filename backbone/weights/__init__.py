@@ -18,7 +18,7 @@ from backbone.weights.inspect import Inspection, inspect_weights
 from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bgr
 from backbone.weights.reading import Checkpoint
 from backbone.weights.recognise import STEM, Recognised, recognise, under_timms_names, wrapper
-from backbone.weights.renaming import describe_misfit, renamed
+from backbone.weights.renaming import describe_misfit, fitted, renamed
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
@@ -56,7 +56,8 @@ def load_weights(
     Args:
         backbone: The network to fill.
         source: A torchvision weights name (``IMAGENET1K_V2``, ``RetinaNet_ResNet50_FPN_Weights.COCO_V1``), a path, an
-            http, https or file URL ending in ``#sha256=<digest>``, ``timm/<model>`` or ``hf://org/repo/file``.
+            http, https or file URL ending in ``#sha256=<digest>``, ``timm/<model>``, ``hf://org/repo/file``, or
+            ``package://<package>/<path>`` for a file that an installed Python package carries.
         name: Registered name of the network, under which torchvision knows its weights.
         stem_channels_from: For each input channel the pre-trained channel it copies, None for a zero; by default
             RGB weights are summed for one input channel, repeated and rescaled for more than three.
@@ -123,7 +124,7 @@ def _open(
     tensors = {key: value for key, value in checkpoint.tensors.items() if not key.startswith(prefix)}
     tensors |= {f"{prefix}{key}": value for key, value in adapted[0].items()}
     assumed = Metadata("the library's description of this network", preprocessing=adapted[1])
-    return replace(checkpoint, tensors=tensors, facts=checkpoint.facts or assumed)
+    return replace(checkpoint, tensors=tensors, facts=fitted(checkpoint.facts, adapted[1]) or assumed)
 
 
 def _fit_stem(

@@ -87,9 +87,9 @@ def _require_target(out: Path, to: str, overwrite: bool) -> None:
 
 def _resnet(found: Recognised, to: str, source: str) -> tuple[State, State]:
     """Return the tensors that the target takes, by our names and by its own."""
-    if to not in TARGETS:
-        raise ValueError(f"{source}: {describe_network(found.state)} can be written for {', '.join(TARGETS)}, got {to}")
     _require_whole(found, source)
+    if to not in TARGETS:
+        raise ValueError(f"{source}: {resnet_name(found.state)} can be written for {', '.join(TARGETS)}, got {to}")
     target = TARGETS[to]
     counters = [key for key in found.state if key.endswith(".num_batches_tracked")]
     kept = {key: value for key, value in found.state.items() if target.counts_batches or key not in counters}

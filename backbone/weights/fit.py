@@ -31,8 +31,8 @@ def require_fit(
     if folded:
         raise ValueError(
             f"{source}: weights must be a network's own, got an inference copy's: its norms were folded into the "
-            f"biases of {len(folded)} convolutions ({folded[0]}, ...), which cannot be undone; save the state_dict() of the "
-            f"network before optimize_for_inference"
+            f"biases of {len(folded)} convolutions ({folded[0]}, ...), which cannot be undone; save the state_dict() "
+            f"of the network before optimize_for_inference"
         )
     if missing or unexpected or reshaped or empty:
         name = network_name(state)

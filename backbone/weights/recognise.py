@@ -238,7 +238,10 @@ def under_timms_names(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     left = {key.removeprefix(found.prefix): checkpoint.tensors[key] for key in found.unexplained}
     origin = Origin(found.format.name, found.why, found.prefix, found.dropped)
-    return replace(checkpoint, tensors={**found.state, **left}, beside=(), facts=found.metadata, origin=origin)
+    tensors = {**found.state, **left}
+    if not any(map(efficientnet_pytorch.is_head, tensors)):  # timm misses its head; a backbone of ours has none
+        tensors = {f"network.{key}": value for key, value in tensors.items()}
+    return replace(checkpoint, tensors=tensors, beside=(), facts=found.metadata, origin=origin)
 
 
 def network_name(state: Mapping[str, Tensor]) -> str | None:

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from backbone.features import Backbone
+from backbone.features import Backbone, Preprocessing
+from backbone.providers.input_channels import adapt_preprocessing, stem_mapping
+from backbone.weights.metadata import Metadata
 from backbone.weights.reading import Checkpoint
 from backbone.weights.recognise import describe_network, recognise
 from backbone.weights.report import listed
@@ -42,6 +44,15 @@ def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None] | None) 
     if not tensors:
         raise ValueError(f"{checkpoint.source}: rename must keep the network's keys, and it dropped all {len(dropped)}")
     return replace(checkpoint, tensors=tensors, beside=(*checkpoint.beside, *dropped))
+
+
+def fitted(facts: Metadata | None, adapted: Preprocessing) -> Metadata | None:
+    """Return ``facts`` with the pixels of as many channels as the library adapted the weights to."""
+    if facts is None or facts.preprocessing is None or len(facts.preprocessing.mean) == len(adapted.mean):
+        return facts
+    mapping = stem_mapping(len(facts.preprocessing.mean), len(adapted.mean), None)
+    pixels = facts.preprocessing if mapping is None else adapt_preprocessing(facts.preprocessing, mapping)
+    return replace(facts, preprocessing=pixels)
 
 
 def describe_misfit(

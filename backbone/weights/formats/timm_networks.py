@@ -107,7 +107,7 @@ def _source(*files: Path) -> str:
 
 
 def _names(source: str, word: str) -> bool:
-    """Whether the source gives a module or a parameter that name: ``self.word``, ``"word"``, or with a number behind."""
+    """Whether the source gives anything that name: ``self.word``, ``"word"``, or either with a number behind."""
     return re.search(rf"(self\.|['\"]){re.escape(word)}(\d|\{{|\b)", source) is not None
 
 
