@@ -16,7 +16,7 @@ PREFIX: Final = "timm/"
 def _sign(checkpoint: Checkpoint, prefix: str) -> str | None:
     if prefix.startswith("state_dict_ema."):
         return "its training checkpoint's state_dict_ema"
-    return "its training checkpoint's arch and version" if {"arch", "version"} <= checkpoint.notes.keys() else None
+    return "its training checkpoint's arch and version" if named_architecture(checkpoint) else None
 
 
 def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
@@ -24,6 +24,12 @@ def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
 
 
 TIMM: Final = Format("timm", NAMES, _sign, _metadata)
+
+
+def named_architecture(checkpoint: Checkpoint) -> str | None:
+    """Return the architecture that a training checkpoint of timm names, beside the version of its layout."""
+    versioned = "version" in checkpoint.notes or "version" in checkpoint.beside
+    return checkpoint.notes.get("arch") if versioned else None
 
 
 def create(name: str, **settings: Any) -> Any:  # noqa: ANN401 - timm types its models as modules only

@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from backbone.features import Preprocessing
-from backbone.weights.formats.timm import PREFIX, create
+from backbone.weights.formats.timm import PREFIX, create, named_architecture
 from backbone.weights.metadata import Metadata
 from backbone.weights.reading import Checkpoint
 
@@ -20,8 +20,8 @@ _OURS: Final = re.compile(rf"({_WRAPPERS.pattern})*network\.")
 
 def named_in(checkpoint: Checkpoint) -> str | None:
     """Return the architecture that the file or a config.json beside it names, as timm writes both; None without one."""
-    if {"arch", "version"} <= checkpoint.notes.keys():
-        return PREFIX + checkpoint.notes["arch"]
+    if named := named_architecture(checkpoint):
+        return PREFIX + named
     try:
         architecture = json.loads(Path(checkpoint.source).with_name("config.json").read_bytes())["architecture"]
     except (OSError, ValueError, KeyError, TypeError):
