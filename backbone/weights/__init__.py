@@ -18,7 +18,7 @@ from backbone.weights.inspect import Inspection, inspect_weights
 from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bgr
 from backbone.weights.reading import Checkpoint
 from backbone.weights.recognise import STEM, Recognised, recognise, under_timms_names, wrapper
-from backbone.weights.renaming import describe_misfit, fitted, renamed
+from backbone.weights.renaming import describe_misfit, fitted, own_prefix, renamed
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
@@ -113,7 +113,7 @@ def _open(
         facts = Metadata(f"the network's library publishes it as {source}", known=True, preprocessing=named[1])
         return Checkpoint(str(source), named[0], facts=facts)
     checkpoint = under_timms_names(renamed(open_source(source, name), rename))
-    prefix = wrapper(checkpoint.tensors)
+    prefix = own_prefix(checkpoint.tensors) or wrapper(checkpoint.tensors)
     inside = {k.removeprefix(prefix): value for k, value in checkpoint.tensors.items() if k.startswith(prefix)}
     try:
         adapted = backbone.adapt_weights(inside)

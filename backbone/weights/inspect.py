@@ -11,9 +11,9 @@ from torch import Tensor
 
 from backbone.weights.fit import folded_biases, unsound
 from backbone.weights.formats.caffe2 import carries_folded_norms
-from backbone.weights.formats.efficientnet_pytorch import TIMM_EFFICIENTNET, variant
+from backbone.weights.formats.efficientnet_pytorch import TIMM_EFFICIENTNET, beginning_of, variant
 from backbone.weights.formats.timm import PREFIX
-from backbone.weights.formats.timm_networks import conventions, named_in, networks, prefix_of
+from backbone.weights.formats.timm_networks import RECIPE_NAME, conventions, named_in, networks, prefix_of
 from backbone.weights.reading import Checkpoint
 from backbone.weights.recognise import Recognised, describe_network, recognise, resnet_name
 from backbone.weights.report import listed
@@ -87,7 +87,7 @@ def inspect_weights(source: str | os.PathLike[str]) -> Inspection:
         source=checkpoint.source,
         format=found.format.name if found.format else "unknown",
         why=found.why,
-        network=found.metadata.network or network,
+        network=found.metadata.network or checkpoint.notes.get(RECIPE_NAME) or network,
         prefix=found.prefix,
         training=found.metadata.lines(),
         norms=_norm_statistics(found.state) + _folded({**found.state, **_unexplained(found, checkpoint)}),
@@ -105,7 +105,7 @@ def _of_timm(checkpoint: Checkpoint, found: Recognised | None) -> Inspection | N
     if name is None:
         name, why = named_in(checkpoint), "the architecture it names"
     names = [name] if name is not None and name.startswith(PREFIX) else []
-    if not names and found is not None and (kind := variant(found.state)):
+    if not names and found is not None and (kind := variant(found.state) or beginning_of(found.state)):
         names = [f"{PREFIX}{family}_{kind}" for family in ("tf_efficientnet", "efficientnet")]
     if not names:
         names = networks(checkpoint.tensors)
@@ -116,7 +116,9 @@ def _of_timm(checkpoint: Checkpoint, found: Recognised | None) -> Inspection | N
     prefix = found.prefix if found and found.format is TIMM_EFFICIENTNET else prefix_of(checkpoint.tensors)
     inside = {key.removeprefix(prefix): v for key, v in checkpoint.tensors.items() if key.startswith(prefix)}
     beside = len(checkpoint.tensors) - len(inside) + len(checkpoint.beside)
-    told = [replace(facts, stride_in_1x1=None, dilate_first_block=None)] if facts else conventions(names)
+    told = [] if RECIPE_NAME in checkpoint.notes else conventions(names)  # our own runs choose their pixels
+    if facts:
+        told = [replace(facts, stride_in_1x1=None, dilate_first_block=None)]
     return Inspection(
         source=checkpoint.source,
         format="timm",

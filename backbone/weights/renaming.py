@@ -1,5 +1,6 @@
 """Names that no format here knows: the caller's own function for them, and what is said where they do not fit."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from backbone.weights.report import listed
 
 OWN = "network."
 """What a backbone of another library puts before that library's names."""
+
+_HELD = re.compile(r"((?:(?:state_dict|model|module|_orig_mod|detector|backbone|body|ema)\.)+)network\.")
 
 
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None] | None) -> Checkpoint:
@@ -44,6 +47,14 @@ def renamed(checkpoint: Checkpoint, rename: Callable[[str], str | None] | None) 
     if not tensors:
         raise ValueError(f"{checkpoint.source}: rename must keep the network's keys, and it dropped all {len(dropped)}")
     return replace(checkpoint, tensors=tensors, beside=(*checkpoint.beside, *dropped))
+
+
+def own_prefix(tensors: Mapping[str, Tensor]) -> str:
+    """Return what a detector puts before the names of a backbone of ours that holds another library's network.
+
+    "" where there is none: ``detector.backbone.body.`` of ``detector.backbone.body.network.conv_stem.weight``.
+    """
+    return next((found[1] for key in tensors if (found := _HELD.match(key))), "")
 
 
 def fitted(facts: Metadata | None, adapted: Preprocessing) -> Metadata | None:

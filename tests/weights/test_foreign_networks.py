@@ -168,8 +168,10 @@ def test_renaming_that_cannot_be_meant_is_refused(tmp_path: Path, rename: Any, e
         load_weights(build("resnet18"), path, name="resnet18", rename=rename)
 
 
-def test_lightnings_checkpoint_loads_as_weights(tmp_path: Path) -> None:
-    state = {f"detector.backbone.body.{k}": v for k, v in build("resnet18").state_dict().items()}
+@pytest.mark.parametrize("name", ["resnet18", "timm/tf_efficientnet_lite0"])
+def test_lightnings_checkpoint_loads_as_weights(tmp_path: Path, name: str) -> None:
+    before = build(name, out_features=["c2", "c3"]).state_dict()
+    state = {f"detector.backbone.body.{k}": v for k, v in before.items()}
     head = {"detector.rpn.head.conv.weight": torch.ones(2), "detector.backbone.fpn.a.weight": torch.ones(2)}
     training: dict[str, Any] = {
         "epoch": 1,
@@ -179,13 +181,14 @@ def test_lightnings_checkpoint_loads_as_weights(tmp_path: Path) -> None:
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}],
         "lr_schedulers": [{"base_lrs": [0.1]}],
         "callbacks": {"History": {"epochs": [{"loss": 1.0}]}},
-        "recipe": {"backbone": {"name": "resnet18"}},
+        "recipe": {"backbone": {"name": name}},
     }
     torch.save({**training, "state_dict": {**state, **head}}, tmp_path / "last.ckpt")
-    model = build("resnet18")
-    report = load_weights(model, tmp_path / "last.ckpt", name="resnet18")
-    assert (report.format, report.prefix) == ("torchvision detection", "state_dict.detector.backbone.body.")
-    assert torch.equal(model.state_dict()["conv1.weight"], state["detector.backbone.body.conv1.weight"])
+    model = build(name, out_features=["c2", "c3"])
+    report = load_weights(model, tmp_path / "last.ckpt", name=name)
+    assert report.prefix == "state_dict.detector.backbone.body."
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert inspect_weights(tmp_path / "last.ckpt").network == name
 
 
 # --- convert --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ and calls a block's convolutions after their order. Where a stage ends is read o
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Final
 
@@ -146,6 +146,21 @@ def variant(state: Mapping[str, Tensor]) -> str | None:
     """Return ``b0`` ... ``lite4`` for an EfficientNet's tensors in timm's names; None if it is none of them."""
     found = _shape(state)
     return next((name for name in _SCALES if found == shape_of(name)), None)
+
+
+def beginning_of(state: Mapping[str, Tensor]) -> str | None:
+    """Return ``b0`` ... ``lite4`` for what a backbone has that was built without the last stages; else None.
+
+    Where the stages that are there are those of several, it is none of them.
+    """
+    found = _shape(state)
+    count = len(found.depths)
+    fit = [
+        name
+        for name in _SCALES
+        if count and found == replace(s := shape_of(name), depths=s.depths[:count], widths=s.widths[:count])
+    ]
+    return fit[0] if len(fit) == 1 else None
 
 
 def is_head(key: str) -> bool:

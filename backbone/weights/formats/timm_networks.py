@@ -13,15 +13,20 @@ from backbone.weights.formats.timm import PREFIX, create, named_architecture
 from backbone.weights.metadata import Metadata
 from backbone.weights.reading import Checkpoint
 
+RECIPE_NAME: Final = "recipe.backbone.name"
+"""Where our own training checkpoints have the network's registered name."""
+
 MAX_BUILT: Final = 100  # architectures, a tenth of a second each
 _WRAPPERS: Final = re.compile(r"(model|state_dict|state_dict_ema|ema|module|_orig_mod|backbone|body|detector)\.")
 _OURS: Final = re.compile(rf"({_WRAPPERS.pattern})*network\.")
 
 
 def named_in(checkpoint: Checkpoint) -> str | None:
-    """Return the architecture that the file or a config.json beside it names, as timm writes both; None without one."""
+    """Return the architecture that the file or a config.json beside it names; None without one."""
     if named := named_architecture(checkpoint):
         return PREFIX + named
+    if recipe := checkpoint.notes.get(RECIPE_NAME):
+        return recipe
     try:
         architecture = json.loads(Path(checkpoint.source).with_name("config.json").read_bytes())["architecture"]
     except (OSError, ValueError, KeyError, TypeError):
