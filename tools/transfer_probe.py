@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from backbone import Backbone, BackboneConfig, build_backbone
+from backbone.features import Features
 
 SHAPES: Final = ("pentagon", "cross", "ring", "heart")
 EXAMPLES: Final = (2, 5, 10, 20, 40)
@@ -68,19 +69,21 @@ def examples(classes: Tensor, count: int, seed: int) -> Tensor:
 
 def normalised(model: Backbone, cuts: Tensor) -> Tensor:
     """Return cut-outs as the weights expect images."""
-    return transforms.normalize(cuts, list(model.preprocessing.mean), list(model.preprocessing.std))
+    scaled: Tensor = transforms.normalize(cuts, list(model.preprocessing.mean), list(model.preprocessing.std))
+    return scaled
 
 
 def pooled(model: Backbone, images: Tensor) -> Tensor:
     """Images (N, 3, H, W) -> the mean of the last feature map (N, C)."""
-    return list(model(images).values())[-1].mean((2, 3))
+    features: Features = model(images)
+    return list(features.values())[-1].mean((2, 3))
 
 
 @torch.inference_mode()
 def all_pooled(model: Backbone, cuts: Tensor) -> Tensor:
     """Return the features of many cut-outs in evaluation mode."""
     model.eval()
-    return torch.cat([pooled(model, normalised(model, part)) for part in cuts.split(64)])
+    return torch.cat([pooled(model, normalised(model, part)) for part in torch.split(cuts, 64)])
 
 
 def frozen_accuracy(features: tuple[Tensor, Tensor], classes: tuple[Tensor, Tensor], count: int, seed: int) -> float:
@@ -99,7 +102,7 @@ def frozen_accuracy(features: tuple[Tensor, Tensor], classes: tuple[Tensor, Tens
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return float((head(unknown).argmax(1) == classes[1]).float().mean())
 
@@ -178,7 +181,7 @@ def main(
     results = {}
     table = Table("weights", *(f"frozen, {count}" for count in EXAMPLES), *(f"trained, {n}" for n in TRAINED_EXAMPLES))
     for title, source in {"random": None, **sources}.items():
-        config = BackboneConfig(name=name, norm="bn", weights=source, out_features=levels)
+        config = BackboneConfig.model_validate({"name": name, "norm": "bn", "weights": source, "out_features": levels})
         torch.manual_seed(0)
         start = time.process_time()
         results[title] = curves(lambda config=config: build_backbone(config), train, val)  # type: ignore[misc]
