@@ -179,13 +179,14 @@ def main(
     train, val = cut_out(data, "train"), cut_out(data, "val")
     levels = tuple(f"c{number}" for number in range(2, int(last[1:]) + 1))
     results = {}
-    table = Table("weights", *(f"frozen, {count}" for count in EXAMPLES), *(f"trained, {n}" for n in TRAINED_EXAMPLES))
+    table = Table("weights", "backbone", *map(str, EXAMPLES))
     for title, source in {"random": None, **sources}.items():
         config = BackboneConfig.model_validate({"name": name, "norm": "bn", "weights": source, "out_features": levels})
         torch.manual_seed(0)
         start = time.process_time()
         results[title] = curves(lambda config=config: build_backbone(config), train, val)  # type: ignore[misc]
-        table.add_row(title, *(f"{value:.2f}" for kind in results[title] for value in kind.values()))
+        for kind, points in zip(("frozen", "trained"), results[title], strict=True):
+            table.add_row(title, kind, *(f"{points[count]:.2f}" if count in points else "-" for count in EXAMPLES))
         console.print(f"{title}: {time.process_time() - start:.0f} s of CPU")
     draw(results, out / "probe.png")
     console.print(f"accuracy on {len(val[1])} new shapes, by examples of each of {', '.join(SHAPES)}")
