@@ -143,15 +143,23 @@ def draw(results: dict[str, tuple[dict[int, float], dict[int, float]]], path: Pa
     axes = figure.subplots()
     for colour, (name, kinds) in zip(COLOURS, results.items(), strict=False):
         for kind, style, points in zip(("frozen", "trained"), ("-", "--"), kinds, strict=True):
-            axes.plot(list(points), list(points.values()), style, color=colour, marker="o", label=f"{name}, {kind}")
+            axes.plot(
+                list(points),
+                list(points.values()),
+                style,
+                color=colour,
+                marker="o",
+                markersize=4,
+                label=f"{name}, {kind}",
+            )
     axes.axhline(1 / len(SHAPES), color="#cccccc", linewidth=1, zorder=0)
-    axes.annotate("guessing", (EXAMPLES[0], 1 / len(SHAPES)), color="#999999", va="bottom")
+    axes.annotate("guessing", (EXAMPLES[0], 0.17), color="#999999")
     axes.set(xscale="log", xlabel="examples of each shape", ylabel="accuracy on new examples", ylim=(0, 1))
     axes.set_xticks(EXAMPLES, [str(count) for count in EXAMPLES], minor=False)
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2, fontsize=8)
+    axes.legend(frameon=False, ncols=2, fontsize=8, handlelength=3.5)
     figure.savefig(path, dpi=130)
 
 
