@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import transfer_probe as probe  # noqa: E402
 import transfer_study as study  # noqa: E402
+from shapes.make_shapes_dataset import make_shapes_dataset  # noqa: E402
 
 
 def test_every_weight_runs_with_every_freeze_and_once_from_scratch() -> None:
@@ -30,7 +31,7 @@ def test_source_without_a_name_is_kept_whole(source: str) -> None:
 
 
 def test_shapes_are_cut_out_whole_with_their_classes(tmp_path: Path) -> None:
-    probe.make_shapes_dataset(tmp_path / "data", shapes=probe.SHAPES, num_train=4, num_val=2, seed=0)
+    make_shapes_dataset(tmp_path / "data", shapes=probe.SHAPES, num_train=4, num_val=2, seed=0)
     cuts, classes = probe.cut_out(tmp_path / "data", "train")
     assert cuts.shape == (len(classes), 3, probe.CUT, probe.CUT)
     assert 0 <= cuts.min() < cuts.max() <= 1
