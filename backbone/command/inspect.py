@@ -25,7 +25,7 @@ def _print_inspection(found: Inspection) -> None:
     facts.add_row("format", Text(f"{found.format} ({found.why})"))
     facts.add_row("network", Text(found.network))
     facts.add_row("prefix", Text(found.prefix or "none"))
-    for title, lines in (("training", found.training), ("norms", found.norms)):
+    for title, lines in (("training", found.training), ("norms", found.norms), ("numbers", found.numbers)):
         for line in lines:
             facts.add_row(title, Text(line))
     for reason, count in found.dropped.items():

@@ -134,6 +134,7 @@ def metadata_of(body: Backbone, config: DetectorConfig) -> Metadata:
         stride_in_1x1=config.backbone.stride_in_1x1,
         eps=eps.pop() if len(eps) == 1 else None,  # type: ignore[arg-type]
         dilate_first_block=config.backbone.dilate_first_block if config.backbone.output_stride < 32 else None,
+        network=config.backbone.name,
     )
 
 

@@ -5,7 +5,7 @@ source (sources.py) -> tensors (reading.py) -> our names (recognise.py, one file
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 
@@ -19,7 +19,8 @@ from backbone.weights.fit import require_fit
 from backbone.weights.inspect import Inspection, inspect_weights
 from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bgr
 from backbone.weights.reading import Checkpoint, flatten
-from backbone.weights.recognise import STEM, Recognised, network_name, recognise, wrapper
+from backbone.weights.recognise import STEM, Recognised, network_name, recognise, under_timms_names, wrapper
+from backbone.weights.renaming import describe_misfit, fitted, own_prefix, renamed
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
@@ -47,6 +48,7 @@ def load_weights(
     *,
     name: str | None = None,
     stem_channels_from: Sequence[int | None] | None = None,
+    rename: Callable[[str], str | None] | None = None,
 ) -> LoadReport:
     """Load weights of any known format into the backbone of ``model``, and note the preprocessing they expect.
 
@@ -58,11 +60,14 @@ def load_weights(
         model: The backbone to fill, or a pyramid or detector, of any library, that holds one of this package.
         source: A torchvision weights name (``IMAGENET1K_V2``, ``RetinaNet_ResNet50_FPN_Weights.COCO_V1``) or a member
             of its enums, a path, an http, https or file URL ending in ``#sha256=<digest>``, ``timm/<model>``,
-            ``hf://org/repo/file``, or a state dict.
+            ``hf://org/repo/file``, ``package://<package>/<path>`` for a file that an installed Python package carries,
+            or a state dict.
         name: Registered name of the network, under which torchvision knows its weights; by default the one that the
             backbone was built by.
         stem_channels_from: For each input channel the pre-trained channel it copies, None for a zero; by default
             RGB weights are summed for one input channel, repeated and rescaled for more than three.
+        rename: For names that are no known library's: gets each key, as ``backbone inspect`` lists it, and returns its
+            name in this network or in a known format; None drops the key.
 
     Returns:
         What happened to every key; also logged as ``backbone.weights`` at level INFO.
@@ -77,7 +82,7 @@ def load_weights(
     backbone = backbone_within(model)
     if name is None:
         name = _name(backbone)
-    checkpoint = _open(backbone, source, name)
+    checkpoint = _open(backbone, source, name, rename)
     own = backbone.state_dict()
     found = recognise(checkpoint, lambda key: key in own or key.startswith(backbone.unbuilt_prefixes))
     state, preprocessing, adapted = _fit_stem(found, own, stem_channels_from, name)
@@ -91,14 +96,15 @@ def load_weights(
     eps = DEFAULT_EPS if found.metadata.eps is None and found.format else found.metadata.eps
     adapted += set_eps(backbone, eps)
     backbone.preprocessing = preprocessing
+    origin = checkpoint.origin
     report = LoadReport(
         source=checkpoint.source,
-        format=found.format.name if found.format else name,
-        why=found.why,
-        prefix=found.prefix,
+        format=origin.format if origin else found.format.name if found.format else name,
+        why=origin.why if origin else found.why,
+        prefix=origin.prefix if origin else found.prefix,
         loaded=[key for key in state if key not in initial],
         missing=[key for key in own if key not in state],
-        dropped=dropped,
+        dropped={**(origin.dropped if origin else {}), **dropped},
         reshaped=[key for key in state if key in found.state and state[key].shape != found.state[key].shape],
         adapted=[*found.additions, *adapted],
         metadata=found.metadata,
@@ -115,7 +121,9 @@ def _name(backbone: Backbone) -> str:
     return network_name(backbone.state_dict()) or type(backbone).__name__
 
 
-def _open(backbone: Backbone, source: WeightsSource, name: str) -> Checkpoint:
+def _open(
+    backbone: Backbone, source: WeightsSource, name: str, rename: Callable[[str], str | None] | None
+) -> Checkpoint:
     """Read ``source``; what is no location may be a name that the network's own library knows."""
     if isinstance(source, Mapping):
         checkpoint = flatten(source if isinstance(source, dict) else dict(source), "the state dict")
@@ -126,18 +134,19 @@ def _open(backbone: Backbone, source: WeightsSource, name: str) -> Checkpoint:
             facts = Metadata(f"the network's library publishes it as {text}", known=True, preprocessing=named[1])
             return Checkpoint(text, named[0], facts=facts)
         checkpoint = open_source(text, name)
-    prefix = wrapper(checkpoint.tensors)
+    checkpoint = under_timms_names(renamed(checkpoint, rename))
+    prefix = own_prefix(checkpoint.tensors) or wrapper(checkpoint.tensors)
     inside = {k.removeprefix(prefix): value for k, value in checkpoint.tensors.items() if k.startswith(prefix)}
     try:
         adapted = backbone.adapt_weights(inside)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.source}: {error}") from None
+        raise ValueError(describe_misfit(checkpoint, inside, backbone, name, error)) from None
     if adapted is None:
         return checkpoint
     tensors = {key: value for key, value in checkpoint.tensors.items() if not key.startswith(prefix)}
     tensors |= {f"{prefix}{key}": value for key, value in adapted[0].items()}
     assumed = Metadata("the library's description of this network", preprocessing=adapted[1])
-    return replace(checkpoint, tensors=tensors, facts=checkpoint.facts or assumed)
+    return replace(checkpoint, tensors=tensors, facts=fitted(checkpoint.facts, adapted[1]) or assumed)
 
 
 def _text(source: object) -> str:

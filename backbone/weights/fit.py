@@ -1,6 +1,6 @@
 """Whether translated weights are a network's: every key, every shape, and numbers that training can give."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ def require_fit(
         if state[key].shape != own[key].shape
     ]
     empty = [key for key in common if state[key].is_meta]
+    folded = folded_biases(unexpected, own)
+    if folded:
+        raise ValueError(
+            f"{source}: weights must be a network's own, got an inference copy's: its norms were folded into the "
+            f"biases of {len(folded)} convolutions ({folded[0]}, ...), which cannot be undone; save the state_dict() "
+            f"of the network before optimize_for_inference"
+        )
     if missing or unexpected or reshaped or empty:
         name = network_name(state)
         raise ValueError(
@@ -42,6 +49,17 @@ def require_fit(
             f"{listed('not finite, or a negative variance', broken)}; "
             f"{listed('integers for fractions or the reverse', wrong_kind)}; fetch or train it again"
         )
+
+
+def folded_biases(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return those of ``keys`` that are biases of the convolutions in ``tensors``, where no network here has any."""
+    weights = {key: tensors.get(f"{key.removesuffix('.bias')}.weight") for key in keys if key.endswith(".bias")}
+    return [key for key, weight in weights.items() if weight is not None and weight.ndim == 4]  # noqa: PLR2004
+
+
+def unsound(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys whose numbers no trained network has: not finite, or a negative variance."""
+    return [key for key, value in tensors.items() if not value.is_meta and not _is_sound(key, value)]
 
 
 def _is_sound(key: str, value: Tensor) -> bool:

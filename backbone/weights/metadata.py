@@ -13,6 +13,9 @@ from backbone.providers.resnet.blocks import Bottleneck
 HEADER_KEY: Final = "backbone_metadata"
 """Where our own files carry their metadata, as JSON."""
 
+SAME: Final = "same"
+"""TensorFlow's padding: what a stride leaves over is split, and the odd pixel goes to the right and the bottom."""
+
 BGR_255: Final = Preprocessing((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), "bgr", (0.0, 255.0))
 """What MSRA's and Caffe2's ResNets expect, and so detectron2's and mmdetection's ``caffe`` style by default."""
 
@@ -28,6 +31,8 @@ class Metadata:
         stride_in_1x1: Whether bottlenecks stride in the first 1x1 (v1) rather than the 3x3 (v1.5).
         eps: Of the batch norms.
         dilate_first_block: Dilation convention of a network that was trained dilated, see ``plan_stages``.
+        padding: ``same`` where strided convolutions pad as TensorFlow does, by the image's size and more at its end.
+        network: Registered name of the network, where its tensors alone may not tell.
     """
 
     origin: str
@@ -36,6 +41,8 @@ class Metadata:
     stride_in_1x1: bool | None = None
     eps: float | None = None
     dilate_first_block: bool | None = None
+    padding: str | None = None
+    network: str | None = None
 
     def to_json(self) -> str:
         """Return it for a file's header."""
@@ -54,9 +61,11 @@ class Metadata:
             "stride_in_1x1": bool,
             "eps": float,
             "dilate_first_block": bool,
+            "padding": str,
+            "network": str,
         }
         try:
-            fields = json.loads(text)
+            fields = {"padding": None, "network": None, **json.loads(text)}  # absent from our first files
             if not all(fields[name] is None or type(fields[name]) is kind for name, kind in kinds.items()):
                 raise TypeError
             pixels = fields.pop("preprocessing")
@@ -82,6 +91,10 @@ class Metadata:
             found.append(f"eps {self.eps:g} in the norms")
         if self.dilate_first_block is not None:
             found.append(f"dilated, {'new' if self.dilate_first_block else 'previous'} dilation in the first block")
+        if self.padding is not None:
+            found.append(
+                f"padding {self.padding!r}, TensorFlow's" if self.padding == SAME else f"padding {self.padding!r}"
+            )
         return [f"{line} ({'known' if self.known else 'assumed'}: {self.origin})" for line in found]
 
 
@@ -98,6 +111,7 @@ def cross_check(backbone: Backbone, metadata: Metadata, source: str) -> None:
     Raises:
         ValueError: If something known contradicts it; something assumed warns.
     """
+    _check_padding(backbone, metadata, source)
     pairs = {
         "stride_in_1x1": (metadata.stride_in_1x1, _stride_in_1x1(backbone)),
         "dilate_first_block": (metadata.dilate_first_block, _dilates_first_block(backbone)),
@@ -113,6 +127,22 @@ def cross_check(backbone: Backbone, metadata: Metadata, source: str) -> None:
         if metadata.known:
             raise ValueError(message)
         warnings.warn(message + ", or ignore this if you know better", stacklevel=4)
+
+
+def _check_padding(backbone: Backbone, metadata: Metadata, source: str) -> None:
+    """Warn, or raise where it is known, that a network pads otherwise than its weights were trained to."""
+    strided = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1 and m.stride[0] > 1]
+    # timm's Conv2dSame computes its padding in every call; it is known by name, for timm may be absent
+    if metadata.padding != SAME or not strided or any(type(m).__name__ == "Conv2dSame" for m in strided):
+        return
+    message = (
+        f"{source}: its weights have padding {SAME!r}, TensorFlow's ({'known' if metadata.known else 'assumed'}: "
+        f"{metadata.origin}), this network pads both sides alike; they fit, and give other features than they were "
+        f"trained to: take {metadata.network or 'the tf_ network of that name'}"
+    )
+    if metadata.known:
+        raise ValueError(message)
+    warnings.warn(message + ", or ignore this if you know better", stacklevel=5)
 
 
 def warn_of_bgr(preprocessing: Preprocessing, before: Preprocessing, source: str) -> None:

@@ -32,6 +32,23 @@ _TORCH_PICKLES: Final = 5  # magic number, protocol, system, contents, storage k
 
 
 @dataclass(frozen=True)
+class Origin:
+    """From what a checkpoint's names were translated already.
+
+    Attributes:
+        format: The library whose names they were.
+        why: By what that was recognised.
+        prefix: What stood before the network's keys.
+        dropped: Keys that are no part of the network, by reason.
+    """
+
+    format: str
+    why: str
+    prefix: str
+    dropped: Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """What a source holds, flat.
 
@@ -41,6 +58,7 @@ class Checkpoint:
         notes: Strings found beside the tensors, by dotted path.
         beside: Paths of everything else that is no tensor.
         facts: What its publisher, or our own header in it, says of its training.
+        origin: Set where its names are no longer the file's own.
     """
 
     source: str
@@ -48,6 +66,7 @@ class Checkpoint:
     notes: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     facts: Metadata | None = None
+    origin: Origin | None = None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

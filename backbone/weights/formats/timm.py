@@ -2,6 +2,8 @@
 
 from typing import Any, Final
 
+import torch
+
 from backbone.features import Preprocessing
 from backbone.providers.hub import require_reachable
 from backbone.weights.formats.torchvision import NAMES
@@ -15,7 +17,7 @@ PREFIX: Final = "timm/"
 def _sign(checkpoint: Checkpoint, prefix: str) -> str | None:
     if prefix.startswith("state_dict_ema."):
         return "its training checkpoint's state_dict_ema"
-    return "its training checkpoint's arch and version" if {"arch", "version"} <= checkpoint.notes.keys() else None
+    return "its training checkpoint's arch and version" if named_architecture(checkpoint) else None
 
 
 def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
@@ -23,6 +25,26 @@ def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
 
 
 TIMM: Final = Format("timm", NAMES, _sign, _metadata)
+
+
+def named_architecture(checkpoint: Checkpoint) -> str | None:
+    """Return the architecture that a training checkpoint of timm names, beside the version of its layout."""
+    versioned = "version" in checkpoint.notes or "version" in checkpoint.beside
+    return checkpoint.notes.get("arch") if versioned else None
+
+
+def create(name: str, **settings: Any) -> Any:  # noqa: ANN401 - timm types its models as modules only
+    """Return timm's network ``name`` on the meta device, which takes no memory.
+
+    Raises:
+        ModuleNotFoundError: If timm is not installed.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"the parts of {name} are known by timm: pip install 'backbone[timm]'") from None
+    with torch.device("meta"):
+        return timm.create_model(name.removeprefix(PREFIX), **settings)
 
 
 def download(source: str) -> Checkpoint:

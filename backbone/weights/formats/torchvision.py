@@ -107,7 +107,7 @@ def _find(name: str, weights_name: str) -> Any:  # noqa: ANN401 - torchvision ha
         raise ValueError(
             f"weights of {name} must be one of {', '.join(choices) or 'no torchvision names'} or a path ending in "
             f"{', '.join(CHECKPOINT_SUFFIXES)}, got {weights_name!r}; or a full name such as {EPS_0[0]}, "
-            f"timm/<model>, a URL ending in #sha256=<digest>, or hf://org/repo/file"
+            f"timm/<model>, a URL ending in #sha256=<digest>, hf://org/repo/file, or package://<package>/<path>"
         )
     return known[weights_name]
 
