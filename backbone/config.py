@@ -20,11 +20,12 @@ from pydantic import (
     model_validator,
 )
 
-from backbone.stages import STAGE_NAMES
+from backbone.stages import STAGE_NAMES, stage_number
 
 NormName = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 GN_GROUPS: Final = 32  # of GroupNorm, arXiv:1803.08494, section 4.1
-FeatureName = Literal["c2", "c3", "c4", "c5"]
+FeatureName = Literal["c1", "c2", "c3", "c4", "c5"]
+ResidualStage = Literal["c2", "c3", "c4", "c5"]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -122,8 +123,11 @@ class BackboneConfig(StrictModel):
     out_features: Annotated[
         tuple[FeatureName, ...],
         Field(min_length=1, strict=False),
-        rule("must be a list of one or more of c2, c3, c4, c5"),
-    ] = Field(default=("c2", "c3", "c4", "c5"), description="Feature maps to return; later stages are not built.")
+        rule("must be a list of one or more of c1, c2, c3, c4, c5"),
+    ] = Field(
+        default=("c2", "c3", "c4", "c5"),
+        description="Feature maps to return; later stages are not built. c1 (stride 2) is the stem's, before its pool.",
+    )
     num_classes: Annotated[
         int | None, Field(ge=1), rule("must be null or an integer of at least 1 (classes of the classifier)")
     ] = Field(default=None, description="Adds the ImageNet classifier and `logits` to the outputs.")
@@ -133,7 +137,7 @@ class BackboneConfig(StrictModel):
         "(arXiv:1706.02677). Useful with trained norms only.",
     )
     checkpoint_stages: Annotated[
-        tuple[FeatureName, ...], Field(strict=False), rule("must be a list of c2, c3, c4, c5")
+        tuple[ResidualStage, ...], Field(strict=False), rule("must be a list of c2, c3, c4, c5")
     ] = Field(default=(), description="Stages that recompute their activations in backward to save memory.")
 
     @model_validator(mode="after")
@@ -151,8 +155,9 @@ class BackboneConfig(StrictModel):
                 raise ValueError(f"{key} must not repeat a stage, got {list(names)}")
         unbuilt = set(self.checkpoint_stages) - set(self.built_stages)
         if unbuilt:
+            built = ", ".join(self.built_stages[1:]) or "none"
             raise ValueError(
-                f"checkpoint_stages must be among the stages that are built, {', '.join(self.built_stages[1:])}; "
+                f"checkpoint_stages must be among the stages that are built, {built}; "
                 f"got {', '.join(sorted(unbuilt))}: add it to out_features or drop it from checkpoint_stages"
             )
         return self
@@ -160,7 +165,7 @@ class BackboneConfig(StrictModel):
     @property
     def built_stages(self) -> tuple[str, ...]:
         """The stages needed for ``out_features`` (and the classifier), from the stem on."""
-        last = max(STAGE_NAMES.index(name) for name in self.out_features)
+        last = max(map(stage_number, self.out_features))
         return STAGE_NAMES if self.num_classes is not None else STAGE_NAMES[: last + 1]
 
 

@@ -6,8 +6,22 @@ from typing import Final
 STAGE_NAMES: Final = ("stem", "c2", "c3", "c4", "c5")
 """The five stages in order. ``freeze_at = n`` freezes the first n of them."""
 
+FEATURE_NAMES: Final = ("c1", *STAGE_NAMES[1:])
+"""The feature map of each stage. The stem's, c1, is taken before its max-pool, at stride 2."""
+
 STEM_STRIDE: Final = 4
+C1_STRIDE: Final = 2
 OUTPUT_STRIDES: Final = (32, 16, 8)
+
+
+def stage_number(feature: str) -> int:
+    """Return the place in ``STAGE_NAMES`` of the stage that makes ``feature``: 0 for c1, the stem's."""
+    return FEATURE_NAMES.index(feature)
+
+
+def stage_of(feature: str) -> str:
+    """Return the name of the stage that makes ``feature``: ``stem`` for c1, else its own."""
+    return STAGE_NAMES[stage_number(feature)]
 
 
 @dataclass(frozen=True, slots=True)

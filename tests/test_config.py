@@ -51,7 +51,10 @@ INVALID: list[tuple[str, list[str]]] = [
     ("name: resnet50\ndilate_first_block: 'no'", ["dilate_first_block must be true or false", "got 'no'"]),
     ("name: resnet50\nin_channels: 0", ["in_channels must be an integer of at least 1", "got 0"]),
     ("name: resnet50\nnum_classes: 0", ["num_classes must be null or an integer of at least 1", "got 0"]),
-    ("name: resnet50\nout_features: c5", ["out_features must be a list of one or more of c2, c3, c4, c5", "got 'c5'"]),
+    (
+        "name: resnet50\nout_features: c5",
+        ["out_features must be a list of one or more of c1, c2, c3, c4, c5", "got 'c5'"],
+    ),
     ("name: resnet50\nout_features: []", ["out_features must be a list of one or more", "got []"]),
     ("name: resnet50\nout_features: [c6]", ["out_features must be a list of one or more", "got ['c6']"]),
     ("name: resnet50\nout_features: [stem]", ["out_features must be a list of one or more", "got ['stem']"]),

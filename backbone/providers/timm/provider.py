@@ -19,7 +19,7 @@ from backbone.providers.timm import fused as timm_fused
 from backbone.providers.timm import plan as timm_plan
 from backbone.providers.timm.vit_pyramid import SimplePyramid
 from backbone.registry import BackboneConstructor, UnknownBackboneError
-from backbone.stages import STAGE_NAMES
+from backbone.stages import stage_number
 
 PREFIX: Final = "timm/"
 MAX_REASON: Final = 500  # letters of what timm says; torch names every key that does not fit
@@ -122,8 +122,14 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.model, self.in_channels = model, in_channels
-        last = max(out_features, key=STAGE_NAMES.index)
-        plan = timm_plan.plan(model, in_channels=in_channels, output_stride=output_stride, last_level=last)
+        last = max(out_features, key=stage_number)
+        plan = timm_plan.plan(
+            model,
+            in_channels=in_channels,
+            output_stride=output_stride,
+            last_level=last,
+            with_c1="c1" in out_features,
+        )
         self._create = partial(
             timm_plan.create,
             in_channels=in_channels,
