@@ -26,7 +26,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     """
     backbone = construct(config)
     if config.weights is None:
-        _warn_if_frozen_at_random(backbone, config)
+        warn_if_frozen_at_random(backbone, config)
     else:
         load_weights(backbone, config.weights, name=config.name, stem_channels_from=config.stem_channels_from)
     freeze_stages(backbone, config.freeze_at)
@@ -55,9 +55,11 @@ def _check_contract(backbone: Backbone, config: BackboneConfig) -> None:
         )
 
 
-def _warn_if_frozen_at_random(backbone: Backbone, config: BackboneConfig) -> None:
+def warn_if_frozen_at_random(backbone: Backbone, config: BackboneConfig) -> None:
+    """Warn where something is frozen in a backbone that was given no weights."""
     frozen = [f"the first {config.freeze_at} stages"] if config.freeze_at else []
-    frozen += ["all norms"] if any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules()) else []
+    built_frozen = any(isinstance(m, FrozenBatchNorm2d) and m.built_frozen for m in backbone.modules())
+    frozen += ["all norms"] if built_frozen else []
     if frozen:
         warnings.warn(
             f"{config.name}: {' and '.join(frozen)} are frozen at random weights and will never train; set weights, "

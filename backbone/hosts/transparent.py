@@ -1,0 +1,63 @@
+"""Wrappers that do not show in a state dict: ``encoder.conv1.weight``, not ``encoder.network.conv1.weight``.
+
+A host's own checkpoints have the names of its own backbones, which are torchvision's and ours, without a wrapper.
+"""
+
+from typing import Final
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from backbone.features import Backbone
+
+WRAPPED: Final = "network"
+
+
+class TransparentWrapper(Backbone):
+    """A backbone around another one, ``network``, with the state-dict names of that one.
+
+    Stages that are not built may be in a state dict that is loaded: hosts build all of their own, wanted or not.
+
+    ``freeze_stages``, ``freeze_report`` and ``FreezeSchedule`` take it as they take every backbone. Parameters in
+    ``named_parameters()`` keep the wrapper in their names, as hooks and optimizers of torch expect it.
+
+    Attributes:
+        network: The backbone under its own names.
+        loading_under: Where in the whole model the state dict being loaded puts this module.
+    """
+
+    network: Backbone
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loading_under = ""
+        self.register_state_dict_post_hook(_strip_saved)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_wrap_given)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_strip_missing)  # type: ignore[no-untyped-call]
+
+    def wrap(self, network: Backbone) -> None:
+        """Hold ``network``, in place of the one before."""
+        self.adopt(WRAPPED, network)
+        self.feature_specs = dict(network.feature_specs)
+        self.unbuilt_prefixes = network.unbuilt_prefixes
+
+
+def _strip_saved(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    inside = f"{prefix}{WRAPPED}."
+    for key in [key for key in state if key.startswith(inside)]:
+        state[prefix + key.removeprefix(inside)] = state.pop(key)
+
+
+def _wrap_given(module: TransparentWrapper, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    module.loading_under = prefix  # the last hook is not told
+    wrapped = {key: f"{prefix}{WRAPPED}.{key.removeprefix(prefix)}" for key in state if key.startswith(prefix)}
+    values = {new: state.pop(key) for key, new in wrapped.items()}  # all first: a library's model is a network itself
+    unbuilt = tuple(f"{prefix}{WRAPPED}.{beginning}" for beginning in module.network.unbuilt_prefixes)
+    state.update({key: value for key, value in values.items() if not key.startswith(unbuilt)})
+
+
+def _strip_missing(module: TransparentWrapper, incompatible: _IncompatibleKeys) -> None:
+    prefix = module.loading_under
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        inside = f"{prefix}{WRAPPED}."
+        keys[:] = [prefix + key.removeprefix(inside) if key.startswith(inside) else key for key in keys]
