@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 
 try:
+    import segmentation_models_pytorch as _smp
     import segmentation_models_pytorch.encoders as their_encoders
     from segmentation_models_pytorch.encoders._base import EncoderMixin
 except ModuleNotFoundError as error:
@@ -265,5 +266,6 @@ def _answer_for_the_hub(download: Callable[..., Any], load: Callable[..., Any]) 
 their_encoders.hf_hub_download, their_encoders.load_file = _answer_for_the_hub(
     their_encoders.hf_hub_download, their_encoders.load_file
 )
+del _smp
 for _name in list_backbones(provider=BUILT_IN):
     register_encoder(PREFIX + _name, BackboneConfig(name=_name, norm="bn"))

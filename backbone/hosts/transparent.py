@@ -35,6 +35,14 @@ class TransparentWrapper(Backbone):
         self.register_load_state_dict_pre_hook(_wrap_given)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_strip_missing)  # type: ignore[no-untyped-call]
 
+    def saved_name(self, name: str) -> str:
+        """Return the host's name of what ``network`` calls ``name``."""
+        return name
+
+    def own_name(self, name: str) -> str:
+        """Return what ``network`` calls the host's ``name``."""
+        return name
+
     def wrap(self, network: Backbone) -> None:
         """Hold ``network``, in place of the one before."""
         self.adopt(WRAPPED, network)
@@ -42,16 +50,18 @@ class TransparentWrapper(Backbone):
         self.unbuilt_prefixes = network.unbuilt_prefixes
 
 
-def _strip_saved(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+def _strip_saved(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     inside = f"{prefix}{WRAPPED}."
+    assert isinstance(module, TransparentWrapper)
     for key in [key for key in state if key.startswith(inside)]:
-        state[prefix + key.removeprefix(inside)] = state.pop(key)
+        state[prefix + module.saved_name(key.removeprefix(inside))] = state.pop(key)
 
 
 def _wrap_given(module: TransparentWrapper, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     module.loading_under = prefix  # the last hook is not told
-    wrapped = {key: f"{prefix}{WRAPPED}.{key.removeprefix(prefix)}" for key in state if key.startswith(prefix)}
-    values = {new: state.pop(key) for key, new in wrapped.items()}  # all first: a library's model is a network itself
+    given = [key for key in state if key.startswith(prefix)]
+    # all are taken out first: a library's model lies in a ``network`` of its own
+    values = {f"{prefix}{WRAPPED}.{module.own_name(key.removeprefix(prefix))}": state.pop(key) for key in given}
     unbuilt = tuple(f"{prefix}{WRAPPED}.{beginning}" for beginning in module.network.unbuilt_prefixes)
     state.update({key: value for key, value in values.items() if not key.startswith(unbuilt)})
 
@@ -60,4 +70,6 @@ def _strip_missing(module: TransparentWrapper, incompatible: _IncompatibleKeys) 
     prefix = module.loading_under
     for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
         inside = f"{prefix}{WRAPPED}."
-        keys[:] = [prefix + key.removeprefix(inside) if key.startswith(inside) else key for key in keys]
+        keys[:] = [
+            prefix + module.saved_name(key.removeprefix(inside)) if key.startswith(inside) else key for key in keys
+        ]

@@ -55,7 +55,9 @@ def assert_equal_outputs_and_gradients(theirs: nn.Module, ours: nn.Module, image
     for output in (expected, actual):
         output.square().mean().backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    found = {name.replace("encoder.network.", "encoder."): p.grad for name, p in ours.named_parameters()}
+    found: dict[str, Any] = {
+        name.replace("encoder.network.", "encoder."): p.grad for name, p in ours.named_parameters()
+    }
     assert set(wanted) == {name for name, grad in found.items() if grad is not None}
     assert max(relative_error(found[name], grad) for name, grad in wanted.items()) < 1e-5
 
@@ -234,11 +236,11 @@ def test_channels_the_encoder_was_not_registered_for_are_refused(monkeypatch: py
 
 
 def moved_by_a_step(model: nn.Module) -> set[str]:
-    before = copy.deepcopy(model.encoder.state_dict())  # type: ignore[union-attr, operator]
+    before = copy.deepcopy(model.encoder.state_dict())  # type: ignore[union-attr]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()(torch.randn(2, 3, 64, 64)).square().mean().backward()
     optimizer.step()
-    after = model.encoder.state_dict()  # type: ignore[union-attr, operator]
+    after = model.encoder.state_dict()  # type: ignore[union-attr]
     return {key for key, value in before.items() if not torch.equal(value, after[key])}
 
 
@@ -305,7 +307,7 @@ def test_the_whole_segmenter_is_optimised_for_inference(architecture: str) -> No
     _, ours, images = pair(architecture, "resnet18")
     model, images = ours.float(), images.float()
     fast = optimize_for_inference(model)
-    assert fast.optimization.folded >= 20  # type: ignore[union-attr]
+    assert fast.optimization.folded >= 20  # type: ignore[union-attr, operator]
     with torch.no_grad():
         assert relative_error(fast(images), model(images)) < 1e-4
 
