@@ -22,7 +22,7 @@ from pydantic import (
 
 from backbone.stages import STAGE_NAMES, stage_number
 
-NormName = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+NormName = Literal["frozen_bn", "bn_eval", "bn", "sync_bn", "gn"]
 GN_GROUPS: Final = 32  # of GroupNorm, arXiv:1803.08494, section 4.1
 FeatureName = Literal["c1", "c2", "c3", "c4", "c5"]
 ResidualStage = Literal["c2", "c3", "c4", "c5"]
@@ -87,8 +87,10 @@ class BackboneConfig(StrictModel):
         description="torchvision weights name (IMAGENET1K_V2, RetinaNet_ResNet50_FPN_Weights.COCO_V1), checkpoint "
         "path, URL#sha256=<digest>, timm/<model> or hf://org/repo/file.",
     )
-    norm: Annotated[NormName, rule("must be frozen_bn, bn, sync_bn or gn")] = Field(
-        default="frozen_bn", description="Norm layers. frozen_bn never trains; the others do, outside frozen stages."
+    norm: Annotated[NormName, rule("must be frozen_bn, bn_eval, bn, sync_bn or gn")] = Field(
+        default="frozen_bn",
+        description="Norm layers. frozen_bn never trains; the others do, outside frozen stages. bn_eval trains weight "
+        "and bias and keeps its statistics.",
     )
     freeze_at: Annotated[
         int, Field(ge=0, le=5), rule("must be 0 to 5 (stages counted from the stem; 0 freezes nothing)")

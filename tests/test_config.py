@@ -45,7 +45,7 @@ INVALID: list[tuple[str, list[str]]] = [
     ("name: resnet50\nfreeze_at: 2.0", ["freeze_at must be 0 to 5", "got 2.0"]),
     ("name: resnet50\noutput_stride: 12", ["output_stride must be 32, 16 or 8 (image pixels)", "got 12"]),
     ("name: resnet50\noutput_stride: 16.0", ["output_stride must be 32, 16 or 8 (image pixels)", "got 16.0"]),
-    ("name: resnet50\nnorm: batch", ["norm must be frozen_bn, bn, sync_bn or gn", "got 'batch'"]),
+    ("name: resnet50\nnorm: batch", ["norm must be frozen_bn, bn_eval, bn, sync_bn or gn", "got 'batch'"]),
     ("name: resnet50\nweights: 3", ["weights must be null, a torchvision weights name", "got 3"]),
     ("name: resnet50\nstride_in_1x1: 1", ["stride_in_1x1 must be true or false", "got 1"]),
     ("name: resnet50\ndilate_first_block: 'no'", ["dilate_first_block must be true or false", "got 'no'"]),

@@ -170,7 +170,8 @@ class ResNet(Backbone):
             x = self.maxpool(features["c1"])
         else:
             x = stem(images, self.conv1, self.bn1, self.relu, self.maxpool)
-            x = self.maxpool(self._c1(images)) if x is None else x
+            if x is None:
+                x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for name, paths in self.stage_modules.items():
             if name != "stem":
                 x = self.get_submodule(paths[0])(x)

@@ -11,6 +11,7 @@ from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, SyncBatchNormAct,
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import Tensor, nn
 
+from backbone.bn_eval import EvalBatchNorm2d, fix_statistics, register_eval_form
 from backbone.config import BackboneConfig, NormName, did_you_mean
 from backbone.features import Backbone, Features, Preprocessing, require_images
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, norm_layer, register_frozen_form
@@ -244,6 +245,19 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
 
 
+class EvalBatchNormAct2d(EvalBatchNorm2d):
+    """timm's BatchNormAct2d with fixed statistics: norm, then drop layer and activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C, H, W) -> the same shape."""
+        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+
+
+register_eval_form(BatchNormAct2d, EvalBatchNormAct2d)
+register_frozen_form(EvalBatchNormAct2d, FrozenBatchNormAct2d)
 register_frozen_form(BatchNormAct2d, FrozenBatchNormAct2d)
 register_frozen_form(SyncBatchNormAct, FrozenBatchNormAct2d)
 
@@ -252,6 +266,8 @@ def _with_norms(network: nn.Module, norm: NormName, model: str) -> nn.Module:
     """Replace the batch norms of ``network`` by ``norm``."""
     if norm == "frozen_bn":
         return freeze_norms(network, built_frozen=True)
+    if norm == "bn_eval":
+        return fix_statistics(network)
     if norm == "sync_bn":
         return convert_sync_batchnorm(network)  # type: ignore[no-any-return, no-untyped-call]
     if norm == "gn":
