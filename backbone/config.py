@@ -110,6 +110,24 @@ class BackboneConfig(StrictModel):
         description="Bottleneck stride in the first 1x1 (v1: the paper's, MSRA/Caffe2 weights) instead of the "
         "3x3 (v1.5: torchvision's weights).",
     )
+    dilations: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...] | None,
+        Field(min_length=4, max_length=4, strict=False),
+        rule("must be null or a list of four integers of at least 1 (dilations of C2, C3, C4, C5)"),
+    ] = Field(
+        default=None,
+        description="Dilation of the 3x3 convolutions in C2 to C5, whatever output_stride would give them; strides "
+        "are output_stride's.",
+    )
+    multi_grid: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...] | None,
+        Field(min_length=1, strict=False),
+        rule("must be null or a list of integers of at least 1, one for each block of C5"),
+    ] = Field(
+        default=None,
+        description="Multiplies the dilation in each block of C5, the first included: [1, 2, 4] is DeepLab's "
+        "(arXiv:1706.05587).",
+    )
     in_channels: Annotated[int, Field(ge=1), rule("must be an integer of at least 1")] = Field(
         default=3, description="Channels of the input images."
     )
@@ -155,6 +173,11 @@ class BackboneConfig(StrictModel):
             names = getattr(self, key)
             if len(set(names)) != len(names):
                 raise ValueError(f"{key} must not repeat a stage, got {list(names)}")
+        if self.multi_grid is not None and STAGE_NAMES[-1] not in self.built_stages:
+            raise ValueError(
+                f"multi_grid dilates the blocks of c5, which out_features {', '.join(self.out_features)} does without; "
+                f"remove it or add c5"
+            )
         unbuilt = set(self.checkpoint_stages) - set(self.built_stages)
         if unbuilt:
             built = ", ".join(self.built_stages[1:]) or "none"

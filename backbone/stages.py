@@ -1,5 +1,6 @@
 """Stride and dilation of every stage, planned in integers before any tensor exists."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,7 +44,9 @@ class StagePlan:
     output_stride: int
 
 
-def plan_stages(output_stride: int = 32, *, dilate_first_block: bool = False) -> tuple[StagePlan, ...]:
+def plan_stages(
+    output_stride: int = 32, *, dilate_first_block: bool = False, dilations: Sequence[int] | None = None
+) -> tuple[StagePlan, ...]:
     """Plan C2 to C5 so that no feature map is coarser than ``output_stride``.
 
     A stage that may not stride any more dilates instead (DeepLab, arXiv:1606.00915). Two conventions exist for
@@ -55,18 +58,23 @@ def plan_stages(output_stride: int = 32, *, dilate_first_block: bool = False) ->
     Args:
         output_stride: Largest stride, in image pixels: 32, 16 or 8.
         dilate_first_block: Whether a dilated stage's first block takes the new dilation.
+        dilations: Dilation of C2 to C5 in place of those that ``output_stride`` asks for.
 
     Raises:
-        ValueError: If ``output_stride`` is not 32, 16 or 8.
+        ValueError: If ``output_stride`` is not 32, 16 or 8, or ``dilations`` are not four.
     """
+    if dilations is not None and len(dilations) != len(STAGE_NAMES) - 1:
+        raise ValueError(f"dilations must be four, of C2, C3, C4 and C5, got {list(dilations)}")
     if output_stride not in OUTPUT_STRIDES:
         raise ValueError(f"output_stride must be 32, 16 or 8 (image pixels), got {output_stride!r}")
     plans: list[StagePlan] = []
     total_stride, dilation = STEM_STRIDE, 1
-    for name, wanted_stride in (("c2", 1), ("c3", 2), ("c4", 2), ("c5", 2)):
+    for number, (name, wanted_stride) in enumerate((("c2", 1), ("c3", 2), ("c4", 2), ("c5", 2))):
         dilates = total_stride * wanted_stride > output_stride
         stride = 1 if dilates else wanted_stride
         new_dilation = dilation * wanted_stride if dilates else dilation
+        if dilations is not None:
+            new_dilation = dilations[number]
         first_dilation = new_dilation if dilate_first_block else dilation
         total_stride, dilation = total_stride * stride, new_dilation
         plans.append(StagePlan(name, stride, first_dilation, dilation, total_stride))

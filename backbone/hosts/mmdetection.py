@@ -69,8 +69,8 @@ class PluginBackbone(BaseModule, TransparentWrapper):  # type: ignore[misc]
         norm_cfg: ``type`` BN, SyncBN or GN, and ``requires_grad``. Ours: ``norm``.
         norm_eval: Whether statistics stand still in training: with ``requires_grad`` ``bn_eval``, else ``frozen_bn``.
         style: ``pytorch`` strides in the 3x3, ``caffe`` in the 1x1. Ours: ``stride_in_1x1``.
-        strides: Stride of each stage. With ``dilations`` ours is ``output_stride``, and all blocks of a stage dilate.
-        dilations: Dilation of each stage.
+        strides: Stride of each stage. Ours: ``output_stride``.
+        dilations: Dilation of each stage, in all its blocks.
         with_cp: Whether all stages recompute their activations. Ours: ``checkpoint_stages``.
         zero_init_residual: By default, as in mmdetection, where our ResNets start without weights.
         weights: As ``BackboneConfig.weights``, loaded at once.
@@ -81,6 +81,7 @@ class PluginBackbone(BaseModule, TransparentWrapper):  # type: ignore[misc]
         freeze_at: Number of stages, 0 to 5.
         output_stride: 32, 16 or 8 (image pixels).
         dilate_first_block: mmdetection's convention, True, where our networks dilate.
+        multi_grid: A factor for each block of C5.
         stride_in_1x1: See ``style``.
         stem_channels_from: Needs ``weights``.
         out_features: c1 to c5.
@@ -121,6 +122,7 @@ class PluginBackbone(BaseModule, TransparentWrapper):  # type: ignore[misc]
         freeze_at: int | None = None,
         output_stride: int | None = None,
         dilate_first_block: bool | None = None,
+        multi_grid: Sequence[int] | None = None,
         stride_in_1x1: bool | None = None,
         stem_channels_from: Sequence[int | None] | None = None,
         out_features: Sequence[str] | None = None,
@@ -133,16 +135,17 @@ class PluginBackbone(BaseModule, TransparentWrapper):  # type: ignore[misc]
         one_way(norm=norm, norm_cfg=norm_cfg)
         one_way(norm=norm, norm_eval=norm_eval)
         one_way(stride_in_1x1=stride_in_1x1, style=style)
-        one_way(output_stride=output_stride, strides=strides)
-        one_way(output_stride=output_stride, dilations=dilations)
         one_way(checkpoint_stages=checkpoint_stages, with_cp=with_cp)
         if pretrained is not None:
             init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
         super().__init__(init_cfg)  # type: ignore[call-arg]
         name = name or name_of(depth, groups, base_width)
         norm = norm or norm_of(_NORM_CFG if norm_cfg is None else norm_cfg, norm_eval is not False)
-        stride = output_stride or output_stride_of(name, num_stages, strides, dilations)
-        dilated, own = stride < max(OUTPUT_STRIDES), name in FAMILY
+        one_way(strides=strides, output_stride=output_stride)
+        stride = output_stride or output_stride_of(num_stages, strides)
+        if strides is not None and dilations is None:
+            dilations = (1,) * num_stages  # strides alone dilate nothing in mmdetection
+        dilated, own = stride < max(OUTPUT_STRIDES) or max(dilations or (1,)) > 1, name in FAMILY
         starts_afresh = weights is None and init_cfg is None and own and norm not in ("frozen_bn", "bn_eval")
         settings = {
             "name": name,
@@ -154,6 +157,8 @@ class PluginBackbone(BaseModule, TransparentWrapper):  # type: ignore[misc]
             "stride_in_1x1": stride_in_1x1_of(style) if stride_in_1x1 is None else stride_in_1x1,
             "in_channels": in_channels,
             "stem_channels_from": stem_channels_from,
+            "dilations": dilations_of(name, stride, dilations),
+            "multi_grid": multi_grid,
             "out_features": out_features or features_of(out_indices, num_stages),
             "zero_init_residual": starts_afresh if zero_init_residual is None else zero_init_residual,
         }
@@ -321,30 +326,35 @@ def stride_in_1x1_of(style: str | None) -> bool:
     return style == "caffe"
 
 
-def output_stride_of(name: str, num_stages: int, strides: Sequence[int] | None, dilations: Sequence[int] | None) -> int:
-    """Return the output stride that gives each stage this stride and this dilation.
+def output_stride_of(num_stages: int, strides: Sequence[int] | None) -> int:
+    """Return the output stride that gives each stage this stride; None is mmdetection's default, (1, 2, 2, 2).
 
     Raises:
-        ValueError: If none does, or the network's blocks would dilate otherwise than mmdetection's.
+        ValueError: If none does.
     """
-    plans = {stride: plan_stages(stride, dilate_first_block=True) for stride in OUTPUT_STRIDES}
-    wanted = tuple(strides or (1, 2, 2, 2))[:num_stages], tuple(dilations or (1, 1, 1, 1))[:num_stages]
-    columns = {
-        stride: (tuple(s.stride for s in plan)[:num_stages], tuple(s.dilation for s in plan)[:num_stages])
-        for stride, plan in plans.items()
-    }
-    output_stride = next((stride for stride, column in columns.items() if column == wanted), None)
-    if output_stride is None:
-        raise ValueError(
-            f"strides and dilations must be those of output_stride 32, 16 or 8, such as (1, 2, 2, 1) and (1, 1, 1, 2), "
-            f"got {wanted[0]} and {wanted[1]}"
-        )
-    if output_stride != max(OUTPUT_STRIDES) and name in FAMILY and FAMILY[name].block is BasicBlock:
+    known = {tuple(plan.stride for plan in plan_stages(stride))[:num_stages]: stride for stride in OUTPUT_STRIDES[::-1]}
+    wanted = tuple((1, 2, 2, 2) if strides is None else strides)[:num_stages]
+    if wanted not in known:
+        raise ValueError(f"strides must be {' or '.join(map(str, known))}, got {wanted}")
+    return known[wanted]
+
+
+def dilations_of(name: str, output_stride: int, dilations: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the dilation of C2 to C5; None where it is what the output stride asks for, or nothing is said.
+
+    Raises:
+        ValueError: If the network's blocks would dilate otherwise than mmdetection's.
+    """
+    if dilations is None:
+        return None
+    given = (*dilations, *[dilations[-1]] * (len(_FEATURES) - len(dilations)))
+    if max(given) > 1 and name in FAMILY and FAMILY[name].block is BasicBlock:
         raise ValueError(
             f"dilations must be 1 for {name}: mmdetection dilates the first convolution of its blocks alone, we both; "
-            f"set output_stride={output_stride} for that, got {wanted[1]}"
+            f"set output_stride for that, got {tuple(dilations)}"
         )
-    return output_stride
+    usual = tuple(plan.dilation for plan in plan_stages(output_stride))
+    return None if given == usual else given
 
 
 del _mmengine

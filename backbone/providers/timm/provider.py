@@ -71,6 +71,8 @@ def _build(model: str, config: BackboneConfig) -> "TimmBackbone":
         "dilate_first_block must be false: timm's first dilated block keeps the previous dilation": (
             config.dilate_first_block and config.output_stride != max(timm_plan.STRIDES.values())
         ),
+        "dilations must be null: timm dilates by output_stride alone": config.dilations is not None,
+        "multi_grid must be null: timm has none": config.multi_grid is not None,
         "stride_in_1x1 must be false: timm's own weights have the stride where the model has it": config.stride_in_1x1,
         "num_classes must be null: classify with timm.create_model itself": config.num_classes is not None,
         "stem_channels_from must be null: timm itself adapts its weights to in_channels": (
