@@ -5,6 +5,7 @@ mmcv compiles on few machines; these run on mmcv-lite, in an environment of thei
 """
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -383,3 +384,22 @@ def test_other_backbones_train_and_predict_in_a_detector(name: str) -> None:
     assert any(p.grad is not None for p in model.backbone.parameters())
     with torch.no_grad():
         assert len(model.eval()(images, samples, mode="predict")) == 2
+
+
+def test_the_code_of_its_page_runs() -> None:
+    page: dict[str, Any] = {}
+    text = (Path(__file__).parents[2] / "docs" / "mmdetection.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(block, page)
+    assert page["model"] == {"backbone": {"type": "PluginBackbone"}}
+    assert [map_.shape[1] for map_ in page["maps"]] == page["channels"]
+
+
+def test_a_config_file_of_its_page_builds_a_detector(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "mmdetection.md").read_text()
+    (tmp_path / "config.py").write_text(next(iter(re.findall(r"```python\n(.*?)```", text, flags=re.S))))
+    settings = Config.fromfile(tmp_path / "config.py").model
+    settings.backbone.init_cfg = None
+    assert settings.backbone.type == "PluginBackbone"
+    backbone = MODELS.build(settings).backbone
+    assert (backbone.config.name, backbone.config.norm, backbone.config.freeze_at) == ("resnet50", "bn_eval", 2)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -315,3 +316,12 @@ def test_the_whole_segmenter_is_optimised_for_inference(architecture: str) -> No
 def test_dpt_is_refused_by_smp_itself() -> None:
     with pytest.raises(ValueError, match="tu-"):
         smp.DPT("backbone-resnet18", encoder_weights=None)
+
+
+def test_the_code_of_its_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smp.encoders, "encoders", dict(smp.encoders.encoders))
+    monkeypatch.chdir(tmp_path)
+    page: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "smp.md").read_text(), flags=re.S):
+        exec(block, page)
+    assert page["masks"].shape == (1, 19, 64, 64)  # type: ignore[attr-defined]
