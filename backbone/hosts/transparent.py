@@ -3,12 +3,13 @@
 A host's own checkpoints have the names of its own backbones, which are torchvision's and ours, without a wrapper.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from backbone.features import Backbone
+from backbone.features import Backbone, Preprocessing
 
 WRAPPED: Final = "network"
 
@@ -34,6 +35,14 @@ class TransparentWrapper(Backbone):
         self.register_state_dict_post_hook(_strip_saved)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_wrap_given)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_strip_missing)  # type: ignore[no-untyped-call]
+
+    def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
+        """Return the weights that the library of ``network`` publishes under ``name``."""
+        return self.network.named_weights(name)
+
+    def adapt_weights(self, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
+        """Return a file's tensors in the names of ``network``, where its library has its own."""
+        return self.network.adapt_weights(state)
 
     def saved_name(self, name: str) -> str:
         """Return the host's name of what ``network`` calls ``name``."""

@@ -80,6 +80,7 @@ def in_detectron2(_detector: str, backbone: str) -> Cell:
 
 def in_transformers(_detector: str, backbone: str) -> Cell:
     transformers: Any = pytest.importorskip("transformers", reason="transformers is an extra: transformers")
+    pytest.importorskip("scipy", reason="transformers matches boxes with scipy")
     host: Any = pytest.importorskip("backbone.hosts.transformers")
     body = host.TransformersBackboneConfig({"name": backbone, "norm": "frozen_bn", "freeze_at": FREEZE_AT})
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5, "num_labels": 3}

@@ -360,7 +360,7 @@ def test_torchvision_name_is_downloaded_and_loaded(network: Backbone, publish: C
 def test_classification_weights_fit_either_convention_of_dilation(
     publish: Callable[..., str], dilate_first_block: bool
 ) -> None:
-    settings = {"out_features": ("c5",), "output_stride": 16, "dilate_first_block": dilate_first_block}
+    settings: dict[str, Any] = {"out_features": ("c5",), "output_stride": 16, "dilate_first_block": dilate_first_block}
     publish(randomised(**settings))
     network = build_backbone(SMALL.model_copy(update=settings))
     load_weights(network, "IMAGENET1K_V1", name="resnet18")
