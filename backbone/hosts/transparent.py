@@ -4,7 +4,7 @@ A host's own checkpoints have the names of its own backbones, which are torchvis
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -35,6 +35,13 @@ class TransparentWrapper(Backbone):
         self.register_state_dict_post_hook(_strip_saved)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_wrap_given)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_strip_missing)  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - torch's own says as much
+        """Return also what lies directly in ``network``: ``encoder.layer4``, as scripts for a host's own have it."""
+        network = self.__dict__.get("_modules", {}).get(WRAPPED)
+        if network is not None and name in network._modules:
+            return network._modules[name]
+        return super().__getattr__(name)
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
         """Return the weights that the library of ``network`` publishes under ``name``."""

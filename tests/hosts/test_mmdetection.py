@@ -216,6 +216,11 @@ def test_frozen_stages_freezes_what_it_freezes_there(frozen_stages: int, norm_ev
     assert sum(report.frozen for report in freeze_report(ours).values()) == frozen_stages + 1
 
 
+def test_scripts_find_the_stages_where_mmdets_are() -> None:
+    ours = build(depth=18)
+    assert ours.layer1 is ours.network.layer1
+
+
 def test_freeze_stages_takes_it() -> None:
     ours = build(depth=18, frozen_stages=1)
     freeze_stages(ours, 0)

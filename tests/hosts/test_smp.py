@@ -255,6 +255,14 @@ def test_smps_freeze_encoder_and_our_report_agree() -> None:
     assert "layer4.1.bn2.running_mean" in moved_by_a_step(model)
 
 
+def test_scripts_find_the_stages_of_an_encoder_where_smps_have_them() -> None:
+    encoder = smp.Unet("backbone-resnet18", encoder_weights=None).encoder
+    assert encoder.layer4[-1] is encoder.network.layer4[-1]
+    with pytest.raises(AttributeError, match="layer5"):
+        _ = encoder.layer5
+    assert [name for name, _ in encoder.named_children()] == ["network"]
+
+
 def test_freeze_stages_takes_the_encoder() -> None:
     model = smp.Unet("backbone-resnet18", encoder_weights=None)
     freeze_stages(model.encoder, 2)
