@@ -38,10 +38,13 @@ class TransparentWrapper(Backbone):
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - torch's own says as much
         """Return also what lies directly in ``network``: ``encoder.layer4``, as scripts for a host's own have it."""
-        network = self.__dict__.get("_modules", {}).get(WRAPPED)
-        if network is not None and name in network._modules:
+        try:
+            return super().__getattr__(name)  # first: a library's model lies in a ``network`` of its own
+        except AttributeError:
+            network = self.__dict__.get("_modules", {}).get(WRAPPED)
+            if network is None or name not in network._modules:
+                raise
             return network._modules[name]
-        return super().__getattr__(name)
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing] | None:
         """Return the weights that the library of ``network`` publishes under ``name``."""
