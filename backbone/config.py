@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, Typ
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from backbone.stages import STAGE_NAMES
+from backbone.stages import STAGE_NAMES, stage_number
 from backbone.strict import SettingsError, StrictModel, did_you_mean, explain, read_yaml, rule
 
 __all__ = [
@@ -29,9 +29,10 @@ __all__ = [
     "rule",
 ]
 
-NormName = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+NormName = Literal["frozen_bn", "bn_eval", "bn", "sync_bn", "gn"]
 GN_GROUPS: Final = 32  # of GroupNorm, arXiv:1803.08494, section 4.1
-FeatureName = Literal["c2", "c3", "c4", "c5"]
+FeatureName = Literal["c1", "c2", "c3", "c4", "c5"]
+ResidualStage = Literal["c2", "c3", "c4", "c5"]
 
 
 WeightsSource: TypeAlias = str | os.PathLike[str] | Enum | Mapping[str, Any] | None
@@ -51,6 +52,8 @@ class BackboneKeys(TypedDict, total=False):
     output_stride: Literal[32, 16, 8]
     dilate_first_block: bool
     stride_in_1x1: bool
+    dilations: Sequence[int] | None
+    multi_grid: Sequence[int] | None
     in_channels: int
     stem_channels_from: Sequence[int | None] | None
     out_features: Sequence[FeatureName]
@@ -95,8 +98,10 @@ class BackboneConfig(StrictModel):
         description="torchvision weights name (IMAGENET1K_V2, RetinaNet_ResNet50_FPN_Weights.COCO_V1), checkpoint "
         "path, URL#sha256=<digest>, timm/<model>, hf://org/repo/file or package://<package>/<path in it>.",
     )
-    norm: Annotated[NormName, rule("must be frozen_bn, bn, sync_bn or gn")] = Field(
-        default="frozen_bn", description="Norm layers. frozen_bn never trains; the others do, outside frozen stages."
+    norm: Annotated[NormName, rule("must be frozen_bn, bn_eval, bn, sync_bn or gn")] = Field(
+        default="frozen_bn",
+        description="Norm layers. frozen_bn never trains; the others do, outside frozen stages. bn_eval trains weight "
+        "and bias and keeps its statistics.",
     )
     freeze_at: Annotated[
         int, Field(ge=0, le=5), rule("must be 0 to 5 (stages counted from the stem; 0 freezes nothing)")
@@ -116,6 +121,24 @@ class BackboneConfig(StrictModel):
         description="Bottleneck stride in the first 1x1 (v1: the paper's, MSRA/Caffe2 weights) instead of the "
         "3x3 (v1.5: torchvision's weights).",
     )
+    dilations: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...] | None,
+        Field(min_length=4, max_length=4, strict=False),
+        rule("must be null or a list of four integers of at least 1 (dilations of C2, C3, C4, C5)"),
+    ] = Field(
+        default=None,
+        description="Dilation of the 3x3 convolutions in C2 to C5, whatever output_stride would give them; strides "
+        "are output_stride's.",
+    )
+    multi_grid: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...] | None,
+        Field(min_length=1, strict=False),
+        rule("must be null or a list of integers of at least 1, one for each block of C5"),
+    ] = Field(
+        default=None,
+        description="Multiplies the dilation in each block of C5, the first included: [1, 2, 4] is DeepLab's "
+        "(arXiv:1706.05587).",
+    )
     in_channels: Annotated[int, Field(ge=1), rule("must be an integer of at least 1")] = Field(
         default=3, description="Channels of the input images."
     )
@@ -131,8 +154,11 @@ class BackboneConfig(StrictModel):
     out_features: Annotated[
         tuple[FeatureName, ...],
         Field(min_length=1, strict=False),
-        rule("must be a list of one or more of c2, c3, c4, c5"),
-    ] = Field(default=("c2", "c3", "c4", "c5"), description="Feature maps to return; later stages are not built.")
+        rule("must be a list of one or more of c1, c2, c3, c4, c5"),
+    ] = Field(
+        default=("c2", "c3", "c4", "c5"),
+        description="Feature maps to return; later stages are not built. c1 (stride 2) is the stem's, before its pool.",
+    )
     num_classes: Annotated[
         int | None, Field(ge=1), rule("must be null or an integer of at least 1 (classes of the classifier)")
     ] = Field(default=None, description="Adds the ImageNet classifier and `logits` to the outputs.")
@@ -142,7 +168,7 @@ class BackboneConfig(StrictModel):
         "(arXiv:1706.02677). Useful with trained norms only.",
     )
     checkpoint_stages: Annotated[
-        tuple[FeatureName, ...], Field(strict=False), rule("must be a list of c2, c3, c4, c5")
+        tuple[ResidualStage, ...], Field(strict=False), rule("must be a list of c2, c3, c4, c5")
     ] = Field(default=(), description="Stages that recompute their activations in backward to save memory.")
 
     if TYPE_CHECKING:
@@ -181,10 +207,16 @@ class BackboneConfig(StrictModel):
             names = getattr(self, key)
             if len(set(names)) != len(names):
                 raise ValueError(f"{key} must not repeat a stage, got {list(names)}")
+        if self.multi_grid is not None and STAGE_NAMES[-1] not in self.built_stages:
+            raise ValueError(
+                f"multi_grid dilates the blocks of c5, which out_features {', '.join(self.out_features)} does without; "
+                f"remove it or add c5"
+            )
         unbuilt = set(self.checkpoint_stages) - set(self.built_stages)
         if unbuilt:
+            built = ", ".join(self.built_stages[1:]) or "none"
             raise ValueError(
-                f"checkpoint_stages must be among the stages that are built, {', '.join(self.built_stages[1:])}; "
+                f"checkpoint_stages must be among the stages that are built, {built}; "
                 f"got {', '.join(sorted(unbuilt))}: add it to out_features or drop it from checkpoint_stages"
             )
         return self
@@ -192,7 +224,7 @@ class BackboneConfig(StrictModel):
     @property
     def built_stages(self) -> tuple[str, ...]:
         """The stages needed for ``out_features`` (and the classifier), from the stem on."""
-        last = max(STAGE_NAMES.index(name) for name in self.out_features)
+        last = max(map(stage_number, self.out_features))
         return STAGE_NAMES if self.num_classes is not None else STAGE_NAMES[: last + 1]
 
 

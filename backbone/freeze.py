@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from backbone.bn_eval import EvalBatchNorm2d
 from backbone.features import Backbone, find_backbone
 from backbone.norm import (
     AnyBatchNorm,
@@ -166,8 +167,14 @@ def _report(modules: nn.ModuleList) -> StageReport:
 
 
 def norm_kind(module: nn.Module) -> str | None:
-    """Return ``frozen_bn``, ``bn``, ``sync_bn``, ``gn`` or ``ln`` for a norm layer of any library; None for others."""
-    kinds = {nn.SyncBatchNorm: "sync_bn", AnyBatchNorm: "bn", nn.GroupNorm: "gn", nn.LayerNorm: "ln"}
+    """Return ``frozen_bn``, ``bn_eval``, ``bn``, ... ``ln`` for a norm layer of any library; None for others."""
+    kinds = {
+        EvalBatchNorm2d: "bn_eval",
+        nn.SyncBatchNorm: "sync_bn",
+        AnyBatchNorm: "bn",
+        nn.GroupNorm: "gn",
+        nn.LayerNorm: "ln",
+    }
     for norm, kind in kinds.items():
         if isinstance(module, norm):
             return kind

@@ -7,6 +7,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from backbone.bn_eval import EvalBatchNorm2d
 from backbone.config import GN_GROUPS, NormName
 
 NormLayer = Callable[[int], nn.Module]
@@ -149,6 +150,7 @@ _INTERNAL: Final = frozenset(vars(nn.Module()))
 _frozen_forms: dict[type[nn.Module], type[FrozenBatchNorm2d]] = {
     nn.BatchNorm1d: FrozenBatchNorm2d,
     nn.BatchNorm2d: FrozenBatchNorm2d,
+    EvalBatchNorm2d: FrozenBatchNorm2d,
     nn.SyncBatchNorm: FrozenBatchNorm2d,
 }
 _REVERTED: Final = (
@@ -198,6 +200,7 @@ def norm_layer(name: NormName | NormLayer) -> NormLayer:
         return name
     layers: dict[NormName, NormLayer] = {
         "frozen_bn": FrozenBatchNorm2d,
+        "bn_eval": EvalBatchNorm2d,
         "bn": nn.BatchNorm2d,
         "sync_bn": nn.SyncBatchNorm,
         "gn": lambda channels: nn.GroupNorm(GN_GROUPS, channels),

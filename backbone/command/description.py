@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbone.features import Backbone
 from backbone.freeze import freeze_report
+from backbone.stages import stage_of
 
 _PROBE_SIDE: Final = 64  # image pixels; a multiple of every stride
 _STRIDES: Final = (1, 2, 4, 8, 16, 32)
@@ -81,7 +82,7 @@ def describe(backbone: Backbone, image_size: tuple[int, int], *, in_channels: in
     if None in strides.values():  # small images fit several strides, and then any size may be tried
         probed, _ = _run(backbone, (1, in_channels, _PROBE_SIDE, _PROBE_SIDE))
         strides = {name: _PROBE_SIDE // shape[-1] for name, shape in probed.items()}
-    strides |= {name: spec.stride for name, spec in backbone.feature_specs.items()}
+    strides |= {stage_of(name): spec.stride for name, spec in backbone.feature_specs.items()}
     tensors = [*backbone.parameters(), *backbone.buffers()]
     return Description(
         stages=tuple(_describe_stages(backbone, maps, strides, operations)),
@@ -119,7 +120,7 @@ def _describe_stages(
             )
         )
     for name, spec in backbone.feature_specs.items():
-        if name not in backbone.stages:
+        if stage_of(name) not in backbone.stages:
             size = (maps[name][2], maps[name][3])
             stages.append(StageDescription(name, 0, spec.channels, spec.stride, (), size, 0, 0, stages[-1].frozen))
     return stages
@@ -148,7 +149,7 @@ def _run(backbone: Backbone, image_shape: tuple[int, ...]) -> tuple[dict[str, Se
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    maps |= {name: features[name].shape for name in backbone.feature_specs}
+    maps |= {stage_of(name): features[name].shape for name in backbone.feature_specs}
     root = type(backbone).__name__
     counts = counter.get_flop_counts()
     operations = {name.removeprefix(f"{root}."): sum(each.values()) for name, each in counts.items()}

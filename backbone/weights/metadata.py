@@ -184,6 +184,6 @@ def _dilates_first_block(backbone: Backbone) -> bool | None:
     """Whether a dilated stage's first block has its other blocks' dilation; None where no stage dilates."""
     for stage in backbone.stages.values():
         dilations = [m.dilation[0] for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1]
-        if dilations and dilations[-1] > 1:
+        if dilations and dilations[-1] > 1 and len(set(dilations[-2:])) == 1:  # of a multi-grid nothing is known
             return dilations[0] == dilations[-1]
     return None

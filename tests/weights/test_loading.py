@@ -356,6 +356,17 @@ def test_torchvision_name_is_downloaded_and_loaded(network: Backbone, publish: C
     assert same(network, randomised())
 
 
+@pytest.mark.parametrize("dilate_first_block", [True, False])
+def test_classification_weights_fit_either_convention_of_dilation(
+    publish: Callable[..., str], dilate_first_block: bool
+) -> None:
+    settings: dict[str, Any] = {"out_features": ("c5",), "output_stride": 16, "dilate_first_block": dilate_first_block}
+    publish(randomised(**settings))
+    network = build_backbone(SMALL.model_copy(update=settings))
+    load_weights(network, "IMAGENET1K_V1", name="resnet18")
+    assert same(network, randomised(**settings))
+
+
 def test_download_stays_in_torchs_cache(network: Backbone, publish: Callable[..., str], cache: Path) -> None:
     name = publish(randomised())
     load_weights(network, "IMAGENET1K_V1", name="resnet18")

@@ -183,7 +183,7 @@ def _r_cnn_anchors(config: DetectorConfig, model: Backbone) -> AnchorGenerator:
     """One size per level of a pyramid, from P2 on (arXiv:1612.03144, section 4.1); all five sizes on a single map."""
     smallest = config.smallest_anchor
     if isinstance(model, FeaturePyramid):
-        sizes: list[tuple[int, ...]] = [(smallest << _level(name) - 2,) for name in model.feature_specs]
+        sizes: list[tuple[int, ...]] = [(int(smallest * 2.0 ** (_level(name) - 2)),) for name in model.feature_specs]
     else:
         sizes = [tuple(smallest << doubling for doubling in range(5))]
     return AnchorGenerator(tuple(sizes), (ASPECT_RATIOS,) * len(sizes))

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbone.config import BackboneConfig, NormName
-from backbone.engine import register_pairs, register_sequence, run_blocks, stem
+from backbone.engine import conv_norm_act, register_pairs, register_sequence, run_blocks, stem
 from backbone.features import Backbone, Features, FeatureSpec, require_images
 from backbone.norm import NormLayer, norm_layer
 from backbone.providers.resnet.blocks import BasicBlock, Bottleneck, Conv3x3
 from backbone.registry import register_backbone
-from backbone.stages import STAGE_NAMES, StagePlan, plan_stages
+from backbone.stages import C1_STRIDE, StagePlan, plan_stages, stage_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,10 @@ class ResNet(Backbone):
         norm: Norm layers, by name or as a constructor (number of channels -> module).
         output_stride: Largest stride, in image pixels: 32, 16 or 8.
         dilate_first_block: Dilation convention, see ``plan_stages``.
+        dilations: Dilation of C2 to C5, where it is not what ``output_stride`` asks for.
+        multi_grid: What multiplies the dilation in each block of C5 (arXiv:1706.05587, section 3.2).
         stride_in_1x1: Bottleneck stride in the first 1x1 (v1) instead of the 3x3 (v1.5).
-        out_features: Stages to return, of ``c2`` to ``c5``; later ones are not built.
+        out_features: Features to return, of ``c1`` (the stem before its pool) to ``c5``; later stages are not built.
         num_classes: Classes of the ImageNet classifier, whose ``logits`` (N, num_classes) join the outputs.
         zero_init_residual: Whether the last norm of each block starts at zero.
         checkpoint_stages: Stages that recompute their activations in backward.
@@ -113,6 +115,8 @@ class ResNet(Backbone):
         norm: NormName | NormLayer = "frozen_bn",
         output_stride: int = 32,
         dilate_first_block: bool = False,
+        dilations: Sequence[int] | None = None,
+        multi_grid: Sequence[int] | None = None,
         stride_in_1x1: bool = False,
         out_features: Sequence[str] = ("c2", "c3", "c4", "c5"),
         num_classes: int | None = None,
@@ -139,11 +143,19 @@ class ResNet(Backbone):
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.stage_modules: dict[str, tuple[str, ...]] = {"stem": ("conv1", "bn1", "relu", "maxpool")}
-        plans = plan_stages(output_stride, dilate_first_block=dilate_first_block)
-        last = len(plans) if num_classes is not None else max(map(STAGE_NAMES.index, out_features))
+        if "c1" in out_features:
+            self.feature_specs["c1"] = FeatureSpec(channels, C1_STRIDE)
+        if multi_grid is not None and len(multi_grid) != variant.depths[-1]:
+            raise ValueError(
+                f"multi_grid must have one entry for each of the {variant.depths[-1]} blocks of c5, got "
+                f"{list(multi_grid)}"
+            )
+        plans = plan_stages(output_stride, dilate_first_block=dilate_first_block, dilations=dilations)
+        last = len(plans) if num_classes is not None else max(map(stage_number, out_features))
         for number, plan in enumerate(plans[:last]):
             make_conv3x3 = conv3x3_by_stage.get(plan.name)
-            blocks = _blocks(variant, number, plan, channels, stride_in_1x1, make_norm, make_conv3x3)
+            grid = multi_grid if plan is plans[-1] else None
+            blocks = _blocks(variant, number, plan, grid, channels, stride_in_1x1, make_norm, make_conv3x3)
             channels = variant.c2_channels << number
             stage = Stage(*blocks, recompute=plan.name in checkpoint_stages)
             self.add_module(f"layer{number + 1}", stage)
@@ -158,13 +170,18 @@ class ResNet(Backbone):
     def forward(self, images: Tensor) -> Features:
         """Images (N, in_channels, H, W) -> c2 (N, 256, H/4, W/4), ..., c5 (N, 2048, H/32, W/32); sizes round up.
 
-        Channels are those of the bottleneck networks; resnet18 and resnet34 have a quarter.
+        Channels are those of the bottleneck networks; resnet18 and resnet34 have a quarter. c1, where it is wanted, is
+        (N, 64, H/2, W/2).
         """
         require_images(images, self.in_channels)
-        x = stem(images, self.conv1, self.bn1, self.relu, self.maxpool)
-        if x is None:
-            x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features: Features = {}
+        if "c1" in self.feature_specs:
+            features["c1"] = self._c1(images)
+            x = self.maxpool(features["c1"])
+        else:
+            x = stem(images, self.conv1, self.bn1, self.relu, self.maxpool)
+            if x is None:
+                x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for name, paths in self.stage_modules.items():
             if name != "stem":
                 x = self.get_submodule(paths[0])(x)
@@ -173,6 +190,10 @@ class ResNet(Backbone):
         if self.fc is not None:
             features["logits"] = self.fc(x.mean((2, 3)))
         return features
+
+    def _c1(self, images: Tensor) -> Tensor:
+        c1 = conv_norm_act(images, self.conv1, self.bn1, act=self.relu)
+        return self.relu(self.bn1(self.conv1(images))) if c1 is None else c1
 
     def split_off_c5(self) -> nn.Module:
         """Take C5 out of this network and return it, (N, C4 channels, H, W) -> (N, C5 channels, H / 2, W / 2)."""
@@ -198,18 +219,22 @@ def _blocks(
     variant: Variant,
     number: int,
     plan: StagePlan,
+    multi_grid: Sequence[int] | None,
     in_channels: int,
     stride_in_1x1: bool,
     norm: NormLayer,
     make_conv3x3: Conv3x3 | None,
 ) -> list[nn.Module]:
-    """Build the blocks of stage ``number`` (0 is C2). Only the first one strides and keeps its own dilation."""
+    """Build the blocks of stage ``number`` (0 is C2). Only the first strides, with its own dilation."""
     out_channels = variant.c2_channels << number
     blocks: list[nn.Module] = []
     for index in range(variant.depths[number]):
         stride, first_dilation = (plan.stride, plan.first_dilation) if index == 0 else (1, plan.dilation)
+        dilation = plan.dilation
+        if multi_grid is not None:
+            first_dilation = dilation = plan.dilation * multi_grid[index]
         if issubclass(variant.block, BasicBlock):
-            dilations = {"first_dilation": first_dilation, "dilation": plan.dilation}
+            dilations = {"first_dilation": first_dilation, "dilation": dilation}
             blocks.append(variant.block(in_channels, out_channels, norm=norm, stride=stride, **dilations))
         else:
             width = variant.groups * (variant.width_per_group << number)
@@ -260,6 +285,8 @@ def _register(name: str, variant: Variant) -> None:
             norm=config.norm,
             output_stride=config.output_stride,
             dilate_first_block=config.dilate_first_block,
+            dilations=config.dilations,
+            multi_grid=config.multi_grid,
             stride_in_1x1=config.stride_in_1x1,
             out_features=config.out_features,
             num_classes=config.num_classes,

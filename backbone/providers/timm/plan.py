@@ -11,10 +11,12 @@ from typing import Any, Final
 
 import timm
 import torch
+from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
 from backbone.features import FeatureSpec
 from backbone.providers.timm.dataflow import Division, Trace, divide, trace
+from backbone.stages import C1_STRIDE, stage_of
 
 STRIDES: Final = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
 _COARSEST: Final = 32
@@ -73,15 +75,20 @@ def create(
     settings: dict[str, Any] = {"in_chans": in_channels, "dynamic_img_size": True, "zero_init_last": zero_init_residual}
     if output_stride != _COARSEST:
         settings["output_stride"] = output_stride
+    dilates_blocks_alone = False
     while True:
         try:
-            return timm.create_model(
+            network = timm.create_model(
                 model, pretrained=pretrained, pretrained_cfg_overlay=pretrained_cfg_overlay, **settings
             )
+            return _with_dilated_blocks(network, model, output_stride) if dilates_blocks_alone else network
         except (TypeError, AssertionError, NotImplementedError) as error:
             refused = next((key for key in settings if f"'{key}'" in str(error)), "")
             if refused in _OPTIONAL_SETTINGS and not (refused == "zero_init_last" and zero_init_residual):
                 del settings[refused]
+            elif refused == "output_stride" and f"{MobileNetV3.__name__}.__init__" in str(error):
+                del settings[refused]
+                dilates_blocks_alone = True
             elif refused == "zero_init_last":
                 raise ValueError(f"zero_init_residual: timm offers it for no {model}; set it to false") from None
             elif "output_stride" in settings:
@@ -92,28 +99,43 @@ def create(
                 raise ValueError(f"timm/{model} cannot be built: {error!r}") from None
 
 
+def _with_dilated_blocks(network: Any, model: str, output_stride: int) -> nn.Module:  # noqa: ANN401
+    """Give a MobileNetV3 (FBNetV3, LCNet, MobileNetV4) the dilated blocks of timm's network for feature maps alone.
+
+    Only that one takes an output stride. Its blocks have the parameters of the classifier's, which keep their values.
+    """
+    extractor: Any = timm.create_model(model, features_only=True, output_stride=output_stride)
+    extractor.blocks.load_state_dict(network.blocks.state_dict())
+    network.blocks = extractor.blocks
+    network.feature_info = extractor.feature_info.info
+    return network  # type: ignore[no-any-return]
+
+
 @lru_cache(maxsize=64)
-def plan(model: str, *, in_channels: int, output_stride: int, last_level: str) -> Plan:
-    """Plan ``model`` up to ``last_level``.
+def plan(model: str, *, in_channels: int, output_stride: int, last_level: str, with_c1: bool = False) -> Plan:
+    """Plan ``model`` up to ``last_level``, and c1 with it where wanted.
 
     Raises:
         ValueError: If it has no maps at the strides of C2-C5, or a setting cannot be honoured.
     """
     # A caller's inference mode would leave no graph to read, and the plan is kept for later callers.
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
-        return _plan(model, in_channels, output_stride, last_level)
+        return _plan(model, in_channels, output_stride, last_level, with_c1)
 
 
-def _plan(model: str, in_channels: int, output_stride: int, last_level: str) -> Plan:
+def _plan(model: str, in_channels: int, output_stride: int, last_level: str, with_c1: bool) -> Plan:
     network: Any = create(model, in_channels=in_channels, output_stride=output_stride, zero_init_residual=False)
     undilated: Any = network
     if output_stride != _COARSEST:  # names stay with the maps: a dilated C5 is at the stride of C4
         undilated = create(model, in_channels=in_channels, output_stride=_COARSEST, zero_init_residual=False)
     info, strides = list(network.feature_info), [int(entry["reduction"]) for entry in undilated.feature_info]
     complete = list(network.state_dict())
-    indices, is_vit = levels(model, strides, last_level), is_plain_vit(strides)
-    first = min(indices.values())
-    kept = (*(() if is_vit else range(first)), *indices.values())
+    is_vit = is_plain_vit(strides)
+    c1 = {"c1": _c1(model, strides)} if with_c1 else {}
+    coarser = levels(model, strides, last_level) if last_level != "c1" else {}
+    indices = c1 | coarser
+    first = min(coarser.values(), default=indices.get("c1", 0) + 1)
+    kept = (*(() if is_vit else range(first)), *coarser.values())
     network.prune_intermediate_layers(list(kept), prune_norm=True, prune_head=True)
 
     specs = {name: FeatureSpec(int(info[i]["num_chs"]), min(strides[i], output_stride)) for name, i in indices.items()}
@@ -126,7 +148,8 @@ def _plan(model: str, in_channels: int, output_stride: int, last_level: str) -> 
     constant = [names[index] for index, needed in zip(kept, traced.needs, strict=True) if index in names and not needed]
     if constant:
         raise ValueError(f"timm/{model}: no parameter makes {', '.join(constant)}; choose another model")
-    owners = _owners(network, traced, [names.get(index, "stem") for index in kept], info[first]["module"])
+    stages = [stage_of(names.get(index, "c1")) for index in kept]
+    owners = _owners(network, traced, stages, info[first]["module"] if coarser else "")
     division = divide(network, owners, "stem")
     _give_level_its_module(division, {name: info[index]["module"] for name, index in indices.items()})
     drop(network, division.unused)
@@ -175,6 +198,22 @@ def levels(model: str, strides: Sequence[int], last_level: str = "c5") -> dict[s
             f"{last_level} (strides 4, 8, 16, 32); choose another model"
         )
     return found
+
+
+def _c1(model: str, strides: Sequence[int]) -> int:
+    """Return the index of the last map at stride 2.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if C1_STRIDE not in strides:
+        reason = (
+            f"its maps are all at stride {strides[0]}, and the pyramid on them starts at c2"
+            if is_plain_vit(strides)
+            else f"its finest map is at stride {min(strides)}"
+        )
+        raise ValueError(f"out_features must not name c1 (stride 2) for timm/{model}: {reason}; remove c1")
+    return max(index for index, stride in enumerate(strides) if stride == C1_STRIDE)
 
 
 def is_plain_vit(strides: Sequence[int]) -> bool:
@@ -242,7 +281,9 @@ def _owners(network: nn.Module, traced: Trace, stages: Sequence[str], first_modu
     for stage, needed in zip(stages, traced.needs, strict=True):
         for parameter in needed:
             owners.setdefault(parameter, stage)
-    first_level = next(stage for stage in stages if stage != "stem")
+    first_level = next((stage for stage in stages if stage != "stem"), None)
+    if first_level is None:
+        return owners
     modules = dict(network.named_modules())
     container = modules.get(first_module.partition(".")[0])
     _give_rest_to_stem(owners, first_level, container)

@@ -11,6 +11,7 @@ from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, SyncBatchNormAct,
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import Tensor, nn
 
+from backbone.bn_eval import EvalBatchNorm2d, fix_statistics, register_eval_form
 from backbone.config import BackboneConfig, NormName, did_you_mean
 from backbone.features import Backbone, Features, Preprocessing, require_images
 from backbone.norm import FrozenBatchNorm2d, freeze_norms, norm_layer, register_frozen_form
@@ -20,7 +21,7 @@ from backbone.providers.timm import fused as timm_fused
 from backbone.providers.timm import plan as timm_plan
 from backbone.providers.timm.vit_pyramid import SimplePyramid
 from backbone.registry import BackboneConstructor, UnknownBackboneError
-from backbone.stages import STAGE_NAMES
+from backbone.stages import stage_number
 
 PREFIX: Final = "timm/"
 MAX_REASON: Final = 500  # letters of what timm says; torch names every key that does not fit
@@ -71,6 +72,8 @@ def _build(model: str, config: BackboneConfig) -> "TimmBackbone":
         "dilate_first_block must be false: timm's first dilated block keeps the previous dilation": (
             config.dilate_first_block and config.output_stride != max(timm_plan.STRIDES.values())
         ),
+        "dilations must be null: timm dilates by output_stride alone": config.dilations is not None,
+        "multi_grid must be null: timm has none": config.multi_grid is not None,
         "stride_in_1x1 must be false: timm's own weights have the stride where the model has it": config.stride_in_1x1,
         "num_classes must be null: classify with timm.create_model itself": config.num_classes is not None,
         "stem_channels_from must be null: timm itself adapts its weights to in_channels": (
@@ -123,8 +126,14 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         self.model, self.in_channels = model, in_channels
-        last = max(out_features, key=STAGE_NAMES.index)
-        plan = timm_plan.plan(model, in_channels=in_channels, output_stride=output_stride, last_level=last)
+        last = max(out_features, key=stage_number)
+        plan = timm_plan.plan(
+            model,
+            in_channels=in_channels,
+            output_stride=output_stride,
+            last_level=last,
+            with_c1="c1" in out_features,
+        )
         self._create = partial(
             timm_plan.create,
             in_channels=in_channels,
@@ -242,6 +251,19 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
 
 
+class EvalBatchNormAct2d(EvalBatchNorm2d):
+    """timm's BatchNormAct2d with fixed statistics: norm, then drop layer and activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C, H, W) -> the same shape."""
+        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+
+
+register_eval_form(BatchNormAct2d, EvalBatchNormAct2d)
+register_frozen_form(EvalBatchNormAct2d, FrozenBatchNormAct2d)
 register_frozen_form(BatchNormAct2d, FrozenBatchNormAct2d)
 register_frozen_form(SyncBatchNormAct, FrozenBatchNormAct2d)
 
@@ -250,6 +272,8 @@ def _with_norms(network: nn.Module, norm: NormName, model: str) -> nn.Module:
     """Replace the batch norms of ``network`` by ``norm``."""
     if norm == "frozen_bn":
         return freeze_norms(network, built_frozen=True)
+    if norm == "bn_eval":
+        return fix_statistics(network)
     if norm == "sync_bn":
         return convert_sync_batchnorm(network)  # type: ignore[no-any-return, no-untyped-call]
     if norm == "gn":

@@ -31,6 +31,9 @@ EPS_0: Final = (
 )
 """Detectors whose norms torchvision gives eps 0 after loading (``overwrite_eps``), and only these."""
 
+SEGMENTERS: Final = ("DeepLabV3_", "FCN_")
+"""Whose weights were trained dilated, and so in torchvision's convention; those of classification fit any."""
+
 
 def _sign_of_detector(checkpoint: Checkpoint, prefix: str) -> str | None:
     return f"its names under {prefix}" if prefix.endswith(("backbone.body.", "backbone.0.body.")) else None
@@ -123,5 +126,5 @@ def _facts(weights: Any) -> Metadata:  # noqa: ANN401
         preprocessing=preprocessing,
         stride_in_1x1=False,
         eps=0.0 if str(weights) in EPS_0 else 1e-5,
-        dilate_first_block=False,
+        dilate_first_block=False if str(weights).startswith(SEGMENTERS) else None,
     )
