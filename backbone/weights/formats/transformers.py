@@ -22,6 +22,26 @@ NAMES: Final = KeyScheme(
     words={"stage": ("0", "1", "2", "3"), "conv": ("0", "1", "2")},
 )
 
+RT_DETR_NAMES: Final = KeyScheme(
+    rows=(
+        ("conv1.0.weight", "embedder.embedder.0.convolution.weight"),
+        ("conv1.1.{norm}", "embedder.embedder.0.normalization.{norm}"),
+        ("conv1.3.weight", "embedder.embedder.1.convolution.weight"),
+        ("conv1.4.{norm}", "embedder.embedder.1.normalization.{norm}"),
+        ("conv1.6.weight", "embedder.embedder.2.convolution.weight"),
+        ("bn1.{norm}", "embedder.embedder.2.normalization.{norm}"),
+        ("layer{stage}.{block}.conv{conv}.weight", _LAYER + ".layer.{conv}.convolution.weight"),
+        ("layer{stage}.{block}.bn{conv}.{norm}", _LAYER + ".layer.{conv}.normalization.{norm}"),
+        # the first stage pools nothing, so its shortcut is no sequence
+        ("layer1.{block}.downsample.1.weight", "encoder.stages.0.layers.{block}.shortcut.convolution.weight"),
+        ("layer1.{block}.downsample.2.{norm}", "encoder.stages.0.layers.{block}.shortcut.normalization.{norm}"),
+        ("layer{stage}.{block}.downsample.1.weight", _LAYER + ".shortcut.1.convolution.weight"),
+        ("layer{stage}.{block}.downsample.2.{norm}", _LAYER + ".shortcut.1.normalization.{norm}"),
+    ),
+    words=NAMES.words,
+)
+"""RTDetrResNet: a ResNet-D, under timm's names here."""
+
 
 def _metadata(checkpoint: Checkpoint, state: State) -> Metadata:
     config = Path(checkpoint.source).with_name("config.json")  # save_pretrained writes it beside model.safetensors
