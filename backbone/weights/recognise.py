@@ -15,7 +15,7 @@ from backbone.weights.formats.mmdetection import MMDETECTION
 from backbone.weights.formats.self_supervised import SELF_SUPERVISED
 from backbone.weights.formats.timm import TIMM
 from backbone.weights.formats.torchvision import TORCHVISION, TORCHVISION_DETECTION
-from backbone.weights.formats.transformers import TRANSFORMERS
+from backbone.weights.formats.transformers import RT_DETR, TRANSFORMERS, TRANSFORMERS_DETR
 from backbone.weights.metadata import Metadata
 from backbone.weights.reading import MAX_DEPTH, Checkpoint
 from backbone.weights.report import listed
@@ -26,16 +26,19 @@ FORMATS: Final = (
     SELF_SUPERVISED,
     TIMM,
     TORCHVISION_DETECTION,
+    TRANSFORMERS_DETR,
     TORCHVISION,
     DETECTRON2,
     CAFFE2,
     TRANSFORMERS,
+    RT_DETR,
 )
 """In the order they are asked: of those that share torchvision's names the most particular first."""
 
 WRAPPERS: Final = re.compile(
     "(model_)?state_dict(_ema)?|ema_state_dict|model(_ema|_state)?|ema|network|net|weights|params|blobs|"
-    "module|_orig_mod|backbone|body|bottom_up|encoder|resnet|trunk|conv_encoder|0|"
+    "module|_orig_mod|backbone|body|bottom_up|encoder|resnet|trunk|conv_encoder|_backbone|"
+    "pixel_level_module|0|"
     "encoder_[qk]|(base|momentum|online|target)_encoder|teacher|student"
 )
 """Words that may stand before the network's own names, as wrappers or as modules. ``0`` is DETR's backbone.0.body."""

@@ -32,7 +32,7 @@ REMEDIES: Final = {
 """Keys by which transformers' own backbones are set up, and what they are called here."""
 
 
-class TransformersBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
+class TransformersBackboneConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[no-untyped-call]
     """A backbone of this package as a transformers configuration, of model type ``backbone_plugin``.
 
     Args:

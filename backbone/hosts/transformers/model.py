@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class TransformersBackbone(BackboneMixin, PreTrainedModel):
     config_class = TransformersBackboneConfig
     config: TransformersBackboneConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012 - transformers declares it so
     has_attentions = False
     supports_gradient_checkpointing = False
     _supports_sdpa = True
@@ -63,9 +63,9 @@ class TransformersBackbone(BackboneMixin, PreTrainedModel):
         self._uncounted = {path for path, m in self.network.named_modules() if _is_built_frozen(m)}
         self._frozen: list[nn.Parameter] | None = None  # None until the first call: the detector is not built yet
         self.register_state_dict_post_hook(_leave_out_counters)  # type: ignore[no-untyped-call]
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Tensor,

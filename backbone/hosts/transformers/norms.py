@@ -31,7 +31,7 @@ def keep_own_norms(network: Backbone, norms: dict[str, nn.Module]) -> list[str]:
             setattr(ours, name, nn.Parameter(_tensor(theirs, name), requires_grad=False))
         for name in ("running_mean", "running_var"):
             setattr(ours, name, _tensor(theirs, name))
-        ours.num_batches_tracked = _tensor(theirs, "running_mean").new_zeros((), dtype=int)  # type: ignore[call-overload, assignment]
+        ours.num_batches_tracked = _tensor(theirs, "running_mean").new_zeros((), dtype=int)  # type: ignore[call-overload]
         ours.train(theirs.training)
         network.set_submodule(path, ours)
     if replaced:
