@@ -17,7 +17,7 @@ from transformers_detectors import DETECTORS, RESNET_18, Detector, images  # noq
 from backbone.hosts.transformers import TransformersBackboneConfig, find_backbone  # noqa: E402
 from backbone.hosts.transformers.published import PublishedNames  # noqa: E402
 
-PARITY = {torch.float64: 1e-5, torch.float32: 1e-3}
+PARITY = 1e-5
 NOTHING = 1e-9  # of the largest gradient: what is smaller is rounding
 
 
@@ -41,20 +41,26 @@ def pair(detector: Detector, folder: Path) -> tuple[Any, Any]:
     return theirs, ours
 
 
-def step(model: Any, detector: Detector) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss and the gradients of one training step."""
-    torch.set_default_dtype(detector.loss_dtype)
-    model.to(detector.loss_dtype).train()
+def gradients(model: Any, detector: Detector) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a loss of one training step, and its gradients: the library's own, or the mean square of the outputs."""
     torch.manual_seed(1)
-    loss = model(images(), **detector.labels()).loss
+    if detector.in_single:
+        outputs = model.train()(images(), **inputs(detector)).to_tuple()
+        loss = sum(value.square().mean() for value in outputs if isinstance(value, Tensor) and value.requires_grad)
+    else:
+        loss = model.train()(images(), **detector.labels()).loss
     loss.backward()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def in_our_names(gradients: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+def inputs(detector: Detector) -> dict[str, Any]:
+    return {key: value for key, value in detector.labels().items() if key.endswith("_inputs")}
+
+
+def in_our_names(given: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     names = PublishedNames()
     names.scope_prefix, names.base_model_prefix = path, ""
-    return {names.rename_source_key(name)[0]: value for name, value in sorted(gradients.items())}
+    return {names.rename_source_key(name)[0]: value for name, value in sorted(given.items())}
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -64,19 +70,28 @@ def test_outputs_loss_and_gradients_equal_those_with_the_librarys_resnet(name: s
     path = next(path for path, module in ours.named_modules() if module is find_backbone(ours))
     theirs.get_submodule(path).requires_grad_(True)  # DETR and its kin freeze all of what is called a ResNet
     with torch.no_grad():
-        inputs = {key: value for key, value in detector.labels().items() if key.endswith("_inputs")}
-        outputs = zip(
-            theirs.eval()(images(), **inputs).to_tuple(), ours.eval()(images(), **inputs).to_tuple(), strict=True
-        )
-        assert max(relative_error(b, a) for a, b in outputs if isinstance(a, Tensor)) < PARITY[torch.float64]
-    (their_loss, their_gradients), (our_loss, our_gradients) = step(theirs, detector), step(ours, detector)
-    bound = PARITY[detector.loss_dtype]
-    assert relative_error(our_loss, their_loss) < bound
-    expected = in_our_names(their_gradients, path)
-    extra = our_gradients.keys() - expected.keys()  # from_pretrained makes constants of the decoder trainable
-    assert (expected.keys() - our_gradients.keys(), {key for key in extra if key.startswith(path)}) == (set(), set())
-    assert f"{path}.network.conv1.weight" in expected
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    for key, gradient in expected.items():
-        unit = max(float(gradient.abs().max()), NOTHING * largest / bound)
-        assert float((our_gradients[key] - gradient).abs().max()) < bound * unit, key
+        expected, outputs = (model.eval()(images(), **inputs(detector)).to_tuple() for model in (theirs, ours))
+    pairs = zip(outputs, expected, strict=True)
+    assert max(relative_error(*maps) for maps in pairs if isinstance(maps[0], Tensor)) < PARITY
+    (their_loss, given), (our_loss, found) = gradients(theirs, detector), gradients(ours, detector)
+    assert relative_error(our_loss, their_loss) < PARITY
+    wanted = in_our_names(given, path)
+    extra = found.keys() - wanted.keys()  # from_pretrained makes constants of a decoder trainable
+    assert (wanted.keys() - found.keys(), {key for key in extra if key.startswith(path)}) == (set(), set())
+    assert f"{path}.network.conv1.weight" in wanted
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for key, gradient in wanted.items():
+        unit = max(float(gradient.abs().max()), NOTHING * largest / PARITY)
+        assert float((found[key] - gradient).abs().max()) < PARITY * unit, key
+
+
+@pytest.mark.parametrize("name", [name for name, detector in DETECTORS.items() if detector.in_single])
+def test_losses_in_single_precision_are_equal(name: str, tmp_path: Path) -> None:
+    detector = DETECTORS[name]
+    theirs, ours = pair(detector, tmp_path)
+    torch.set_default_dtype(torch.float32)
+    losses = []
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        losses.append(model.float().train()(images(), **detector.labels()).loss)
+    assert relative_error(*losses) < PARITY

@@ -57,7 +57,7 @@ class Detector:
         settings: What makes it tiny.
         frozen: Whether it replaces the backbone's batch norms by a frozen class of its own.
         labels: What its loss wants.
-        loss_dtype: Precision its loss computes in.
+        in_single: Whether its loss computes in float32 whatever the model does.
     """
 
     model: str
@@ -66,7 +66,7 @@ class Detector:
     settings: dict[str, Any]
     frozen: bool
     labels: Callable[[], dict[str, Any]]
-    loss_dtype: torch.dtype = torch.float64
+    in_single: bool = False
 
     def make_config(self, body: Any) -> Any:
         return getattr(transformers, self.config)(backbone_config=body, **self.settings)
@@ -138,7 +138,7 @@ DETECTORS = {
     ),
     "rt_detr": Detector("RTDetrForObjectDetection", "RTDetrConfig", THREE, RT_DETR, True, boxes),
     "rt_detr_v2": Detector("RTDetrV2ForObjectDetection", "RTDetrV2Config", THREE, RT_DETR, True, boxes),
-    "d_fine": Detector("DFineForObjectDetection", "DFineConfig", THREE, RT_DETR, True, boxes, torch.float32),
+    "d_fine": Detector("DFineForObjectDetection", "DFineConfig", THREE, RT_DETR, True, boxes, True),
     "mask2former": Detector(
         "Mask2FormerForUniversalSegmentation",
         "Mask2FormerConfig",
@@ -199,7 +199,7 @@ DETECTORS = {
         },
         False,
         tasks,
-        torch.float32,
+        True,
     ),
     "upernet": Detector(
         "UperNetForSemanticSegmentation",
