@@ -7,7 +7,8 @@ The small model here is for the drawn shapes, from scratch and on a CPU. For rea
 
     RTDetrForObjectDetection.from_pretrained("PekingU/rtdetr_r50vd", config=...)
 
-with the checkpoint's own configuration and ``backbone_config`` as below. Needs: pip install 'backbone[train,transformers]'
+with the checkpoint's own configuration and ``backbone_config`` as below.
+Needs: pip install 'backbone[train,transformers]' accelerate
 """
 
 import json
@@ -77,7 +78,7 @@ class Shapes(torch.utils.data.Dataset[dict[str, Any]]):
             pixels = F.to_dtype(F.pil_to_tensor(file.convert("RGB")), torch.float32, scale=True)
         height, width = pixels.shape[-2:]
         found = self.coco.imgToAnns[image_id]
-        corner, size = torch.tensor([each["bbox"] for each in found]).reshape(-1, 4).split(2, dim=1)
+        corner, size = torch.tensor([each["bbox"] for each in found]).reshape(-1, 4).tensor_split(2, dim=1)
         boxes = torch.cat([corner + size / 2, size], 1) / torch.tensor([width, height, width, height])
         if self.train and torch.rand(()) < 0.5:  # noqa: PLR2004 - a coin
             pixels, boxes = pixels.flip(-1), torch.cat([1 - boxes[:, :1], boxes[:, 1:]], 1)
@@ -105,19 +106,20 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def build(num_classes: int) -> RTDetrForObjectDetection:
     """Return the detector, untrained."""
     body = TransformersBackboneConfig(BACKBONE, out_features=["stage2", "stage3", "stage4"])
-    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=body, num_labels=num_classes, **DETECTOR))
+    settings: dict[str, Any] = {"backbone_config": body, "num_labels": num_classes, **DETECTOR}
+    return RTDetrForObjectDetection(RTDetrConfig(**settings))
 
 
 @torch.no_grad()
 def evaluate(model: RTDetrForObjectDetection, data: Shapes) -> dict[str, float]:
     """Return COCO's AP, AP50 and AP75."""
     metrics = CocoMetrics(data.coco, {label + 1: name for label, name in data.names.items()}, "retinanet")
-    model.eval()
+    model.train(False)
     for index, image_id in enumerate(data.ids):
         pixels: Tensor = data[index]["pixel_values"]
         answer = model(pixels[None].to(model.device))
         scores, places = answer.logits[0].sigmoid().flatten().topk(DETECTOR["num_queries"])
-        centre, size = answer.pred_boxes[0][places // len(data.names)].split(2, dim=1)
+        centre, size = answer.pred_boxes[0][places // len(data.names)].tensor_split(2, dim=1)
         scale = torch.tensor([pixels.shape[-1], pixels.shape[-2]] * 2, device=model.device)
         boxes = torch.cat([centre - size / 2, centre + size / 2], 1) * scale
         metrics.add(image_id, {"boxes": boxes, "labels": places % len(data.names) + 1, "scores": scores})
@@ -155,7 +157,7 @@ def main(
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trainer.save_model(str(out))
-    result = {"steps": trainer.state.global_step, "first loss": losses[:1], "last loss": losses[-1:], **evaluate(model, val)}
+    result = {"steps": trainer.state.global_step, "loss": [*losses[:1], *losses[-1:]], **evaluate(model, val)}
     (out / "result.json").write_text(json.dumps(result, indent=2))
     typer.echo(json.dumps(result))
 

@@ -162,6 +162,8 @@ def _leave_out_counters(module: TransformersBackbone, state: dict[str, Tensor], 
     """Leave out the batch counters of norms that stay frozen: transformers' own frozen norms have none either."""
     for path in module._uncounted:
         state.pop(f"{prefix}network.{path}.{COUNTER}", None)
+    for key in [key for key in state if key.startswith(f"{prefix}network.") and ".thawed." in key]:
+        del state[key]  # of a norm that a detector replaced where there was none
 
 
 def _is_built_frozen(norm: nn.Module) -> bool:

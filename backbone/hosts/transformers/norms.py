@@ -3,12 +3,12 @@
 from torch import Tensor, nn
 
 from backbone.features import Backbone
-from backbone.norm import FrozenBatchNorm2d, freeze_norms, has_frozen_form
+from backbone.norm import FrozenBatchNorm2d, freeze_norms, frozen_form
 
 
 def own_norms(network: Backbone) -> dict[str, nn.Module]:
     """Return the batch norms that detectors such as DETR replace, by their path."""
-    return {path: m for path, m in network.named_modules() if isinstance(m, nn.BatchNorm2d) and has_frozen_form(m)}
+    return {path: m for path, m in network.named_modules() if isinstance(m, nn.BatchNorm2d) and frozen_form(m)}
 
 
 def keep_own_norms(network: Backbone, norms: dict[str, nn.Module]) -> list[str]:
@@ -34,10 +34,10 @@ def keep_own_norms(network: Backbone, norms: dict[str, nn.Module]) -> list[str]:
         ours.num_batches_tracked = _tensor(theirs, "running_mean").new_zeros((), dtype=int)  # type: ignore[call-overload]
         ours.train(theirs.training)
         network.set_submodule(path, ours)
-    if replaced:
-        for module in network.modules():
-            if isinstance(module, FrozenBatchNorm2d):
-                module.built_frozen = True
+    for module in network.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module._modules.pop("thawed", None)  # what a norm thaws to looks like a norm to replace
+            module.built_frozen |= bool(replaced)
     return list(replaced)
 
 
