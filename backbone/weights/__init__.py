@@ -17,7 +17,7 @@ from backbone.weights.fit import require_fit
 from backbone.weights.inspect import Inspection, inspect_weights
 from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bgr
 from backbone.weights.reading import Checkpoint
-from backbone.weights.recognise import STEM, Recognised, recognise, wrapper
+from backbone.weights.recognise import STEMS, Recognised, recognise, wrapper
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
 from backbone.weights.sources import is_location, open_source
@@ -124,16 +124,17 @@ def _fit_stem(
 ) -> tuple[State, Preprocessing, list[str]]:
     """Return the tensors with the stem as the network's input channels need it, their pixels, and what was done."""
     preprocessing = found.metadata.preprocessing or Preprocessing()
-    stem, wanted = found.state.get(STEM), own.get(STEM)
+    name_of_stem = next((key for key in STEMS if key in own), STEMS[0])
+    stem, wanted = found.state.get(name_of_stem), own.get(name_of_stem)
     if chosen is not None and wanted is None:
-        raise ValueError(f"stem_channels_from adapts a ResNet's {STEM}, and {name} has none; remove the key")
+        raise ValueError(f"stem_channels_from adapts a ResNet's {name_of_stem}, and {name} has none; remove the key")
     if stem is None or wanted is None or not stem.ndim == wanted.ndim == 4:  # noqa: PLR2004
         return dict(found.state), preprocessing, []
     mapping = stem_mapping(stem.shape[1], wanted.shape[1], chosen)
     if mapping is None:
         return dict(found.state), preprocessing, []
-    state = {**found.state, STEM: adapt_stem(stem, mapping, even=chosen is None)}
-    told = f"{STEM}: input channels stand for pre-trained channels {mapping}"
+    state = {**found.state, name_of_stem: adapt_stem(stem, mapping, even=chosen is None)}
+    told = f"{name_of_stem}: input channels stand for pre-trained channels {mapping}"
     return state, adapt_preprocessing(preprocessing, mapping), [told]
 
 

@@ -13,9 +13,9 @@ from backbone.weights.fit import require_fit
 from backbone.weights.formats.detectron2 import DETECTRON2
 from backbone.weights.formats.timm import TIMM
 from backbone.weights.formats.torchvision import TORCHVISION
-from backbone.weights.formats.transformers import TRANSFORMERS
+from backbone.weights.formats.transformers import RT_DETR, TRANSFORMERS
 from backbone.weights.metadata import HEADER_KEY, Metadata
-from backbone.weights.recognise import Recognised, describe_network, network_name, recognise
+from backbone.weights.recognise import STEMS, Recognised, describe_network, network_name, recognise
 from backbone.weights.schemes import Format, State
 from backbone.weights.sources import open_source
 from backbone.weights.writing import write_atomically
@@ -43,13 +43,17 @@ def convert_weights(source: str | os.PathLike[str], out: Path, to: str) -> str:
     checkpoint = open_source(source)
     found = recognise(checkpoint)
     _require_whole(found, checkpoint.source)
-    target = TARGETS[to]
+    target = _of_network(TARGETS[to], found.state)
     counters = [key for key in found.state if key.endswith(".num_batches_tracked")]
     kept = {key: value for key, value in found.state.items() if target.counts_batches or key not in counters}
+    classifier = [key for key in kept if key.startswith("fc.") and target is RT_DETR]
+    kept = {key: value for key, value in kept.items() if key not in classifier}
     renamed = {_their_name(key, target, "fc.weight" in kept): value.contiguous() for key, value in kept.items()}
     write_atomically(out, lambda draft: _write(draft, out.suffix, renamed, found.metadata, target))
     dropped = {reason: len(keys) for reason, keys in found.dropped.items()}
-    if len(kept) < len(found.state):
+    if classifier:
+        dropped[f"{target.name} has no classifier"] = len(classifier)
+    if not target.counts_batches and counters:
         dropped[f"{to} counts no batches"] = len(counters)
     lines = [
         f"{checkpoint.source}: {found.format.name if found.format else ''} {network_name(found.state)} ({found.why})",
@@ -73,13 +77,31 @@ def _require_target(out: Path, to: str) -> None:
 def _require_whole(found: Recognised, source: str) -> None:
     """Hold the tensors against the network they say they are, which needs no memory."""
     name = network_name(found.state)
-    stem, classifier = found.state.get("conv1.weight"), found.state.get("fc.weight")
+    stem = next((found.state[key] for key in STEMS if key in found.state), None)
+    classifier = found.state.get("fc.weight")
     if name is None or stem is None or stem.ndim < 2:  # noqa: PLR2004
         raise ValueError(f"{source}: convert needs a whole network, got {describe_network(found.state)}")
     classes = None if classifier is None or classifier.ndim == 0 else max(classifier.shape[0], 1)
     with torch.device("meta"):
         network = ResNet(FAMILY[name], in_channels=max(stem.shape[1], 1), norm="bn", num_classes=classes)
     require_fit(found.state, network.state_dict(), found.unexplained, source)
+
+
+def _of_network(target: Format, state: State) -> Format:
+    """Return ``target``, or what its library calls a ResNet-D's parameters.
+
+    Raises:
+        ValueError: If it has no such network.
+    """
+    if STEMS[1] not in state:
+        return target
+    if target is TRANSFORMERS:
+        return RT_DETR
+    if target is DETECTRON2:
+        raise ValueError(
+            f"{target.name} has no network with a deep stem, got {network_name(state)}; choose another target"
+        )
+    return target
 
 
 def _their_name(key: str, target: Format, has_classifier: bool) -> str:

@@ -147,6 +147,8 @@ def _stride_in_1x1(backbone: Backbone) -> bool | None:
 
 
 def _stride(module: nn.Module) -> int:
+    if isinstance(module, nn.AvgPool2d):  # of a ResNet-D, whose shortcut strides there
+        return int(module.stride)
     return module.stride[0] if isinstance(module, nn.Conv2d) else 1
 
 

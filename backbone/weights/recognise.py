@@ -68,7 +68,8 @@ CONTAINERS: Final = (
 )
 """Those of the wrappers that no network has as a module, in the order in which they are preferred."""
 
-STEM: Final = "conv1.weight"
+STEMS: Final = ("conv1.weight", "conv1.0.weight")
+"""The convolution that sees the image: of a ResNet, of a ResNet-D."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def describe_network(state: Mapping[str, Tensor]) -> str:
     name = network_name(state)
     return name or (
         f"no ResNet of this family: {variant.block.__name__}, depths {variant.depths}, {variant.groups} groups of "
-        f"{variant.width_per_group} channels"
+        f"{variant.width_per_group} channels{', a deep stem' if variant.deep_stem else ''}"
     )
 
 
@@ -239,7 +240,9 @@ def _variant(state: Mapping[str, Tensor]) -> Variant | None:
     depths = [1 + max((block for number, block in blocks if number == stage), default=-1) for stage in (1, 2, 3, 4)]
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
     last = "layer1.0.conv3.weight" if block is Bottleneck else "layer1.0.conv2.weight"
-    stem, middle, last_conv = (state.get(key) for key in (STEM, "layer1.0.conv2.weight", last))
+    deep = STEMS[1] in state
+    ends = ("conv1.6.weight" if deep else STEMS[0], "layer1.0.conv2.weight", last)
+    stem, middle, last_conv = (state.get(key) for key in ends)
     if stem is None or middle is None or last_conv is None or not stem.ndim == middle.ndim == last_conv.ndim == 4:  # noqa: PLR2004
         return None
     groups = middle.shape[0] // max(middle.shape[1], 1)
@@ -250,4 +253,7 @@ def _variant(state: Mapping[str, Tensor]) -> Variant | None:
         groups=groups,
         width_per_group=middle.shape[0] // max(groups, 1),
         stem_channels=stem.shape[0],
+        deep_stem=deep,
+        pooled_shortcuts="layer2.0.downsample.2.weight" in state,
+        projects_first=block is BasicBlock and any(key.startswith("layer1.0.downsample.") for key in state),
     )

@@ -15,7 +15,7 @@ pytest.importorskip("timm", reason="DETR's published backbones are timm's")
 
 from transformers_detectors import DETECTORS, RESNET_18, Detector, images  # noqa: E402
 
-from backbone import convert_weights, load_weights  # noqa: E402
+from backbone import convert_weights, inspect_weights, load_weights  # noqa: E402
 from backbone.hosts.torchvision import build_detector  # noqa: E402
 from backbone.hosts.transformers import TransformersBackboneConfig  # noqa: E402
 
@@ -146,6 +146,41 @@ def test_the_image_processor_beside_a_file_tells_what_its_images_are(
     assert network.preprocessing.mean == mean
 
 
+RT_DETRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "r18vd": ("resnet18vd", RESNET_18),
+    "r34vd": ("resnet34vd", {**RESNET_18, "depths": [3, 4, 6, 3]}),
+    "r50vd": ("resnet50d", {}),
+}
+"""Our names of RT-DETR's backbones; r101vd is resnet101d."""
+
+
+@pytest.mark.parametrize("kind", RT_DETRS)
+def test_a_published_rt_detr_loads_strictly_and_answers_the_same(kind: str, tmp_path: Path) -> None:
+    name, settings = RT_DETRS[kind]
+    detector = DETECTORS["rt_detr"]
+    body = transformers.RTDetrResNetConfig(**settings, out_features=detector.features)
+    widths = {"encoder_in_channels": list(body.hidden_sizes[1:])}
+    config = detector.make_config(body)
+    config.update(widths)
+    model = detector.model_class(config).eval()
+    randomise_norms(model)
+    model.save_pretrained(tmp_path)
+    hosted = detector.make_config(TransformersBackboneConfig(name, out_features=detector.features))
+    hosted.update(widths)
+    loaded, told = detector.model_class.from_pretrained(tmp_path, config=hosted, output_loading_info=True)
+    assert {reason: keys for reason, keys in told.items() if keys} == {}
+    network = build(name)
+    report = load_weights(network, tmp_path / "model.safetensors", name=name)
+    assert (report.format, report.prefix) == ("transformers RT-DETR", "model.backbone.model.")
+    assert inspect_weights(tmp_path / "model.safetensors").network == name
+    convert_weights(tmp_path / "model.safetensors", tmp_path / "back.safetensors", "transformers")
+    alone = transformers.RTDetrResNetBackbone(body).eval()
+    assert alone.load_state_dict(load_file(tmp_path / "back.safetensors"), strict=False).unexpected_keys == []
+    features = network.eval()(images())
+    assert same([features["c3"], features["c4"], features["c5"]], list(alone(images()).feature_maps))
+    assert same(answers(loaded), answers(model))
+
+
 def test_rt_detrs_names_are_those_of_timms_resnet_d(tmp_path: Path) -> None:
     """Every key of RTDetrResNet has a name in timm's ResNet-D, and nothing is left over on either side."""
     import timm
@@ -165,8 +200,6 @@ def test_rt_detrs_names_are_those_of_timms_resnet_d(tmp_path: Path) -> None:
 
 
 def test_a_file_of_rt_detr_is_recognised_and_its_images_are_not_normalised(tmp_path: Path) -> None:
-    from backbone import inspect_weights
-
     config = transformers.RTDetrResNetConfig(**RESNET_18)
     with torch.device("meta"):
         keys = transformers.RTDetrResNetBackbone(config).state_dict()
