@@ -46,7 +46,7 @@ def gradients(model: Any, detector: Detector) -> tuple[Tensor, dict[str, Tensor]
     torch.manual_seed(1)
     if detector.in_single:
         outputs = model.train()(images(), **inputs(detector)).to_tuple()
-        loss = sum(value.square().mean() for value in outputs if isinstance(value, Tensor) and value.requires_grad)
+        loss: Any = sum(value.square().mean() for value in outputs if isinstance(value, Tensor) and value.requires_grad)
     else:
         loss = model.train()(images(), **detector.labels()).loss
     loss.backward()
