@@ -16,7 +16,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers", minversion="5")
 
 from transformers import AutoBackbone, AutoConfig  # noqa: E402
-from transformers_detectors import DETECTORS, RESNET_18, images  # noqa: E402
+from transformers_detectors import DETECTORS, RESNET_18, boxes, images  # noqa: E402
 
 import backbone.hosts.transformers as host  # noqa: E402
 from backbone import BackboneConfig, FreezeSchedule, freeze_report, freeze_stages, optimize_for_inference  # noqa: E402
@@ -385,3 +385,34 @@ def test_without_transformers_one_sentence_names_the_extra(monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'backbone\[transformers\]'$"):
         importlib.import_module("backbone.hosts.transformers")
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_freezing_holds_through_the_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    pytest.importorskip("scipy", reason="transformers' losses match boxes by scipy")
+    model = reloaded(detr(freeze_at=2), tmp_path / "saved")
+    model.model.unfreeze_backbone()
+    before = {key: value.clone() for key, value in find_backbone(model).network.state_dict().items()}
+    samples = [
+        {"pixel_values": image, "labels": label} for image, label in zip(images(), boxes()["labels"], strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=1,
+        learning_rate=0.1,
+        weight_decay=0.1,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    collate = lambda batch: {  # noqa: E731
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in batch]),
+        "labels": [sample["labels"] for sample in batch],
+    }
+    transformers.Trainer(model, arguments, collate, samples).train()
+    after = find_backbone(model).network.state_dict()
+    moved = {key.partition(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"layer2", "layer3", "layer4"}
