@@ -22,10 +22,17 @@ from backbone.registry import find_constructor
 
 OURS = [
     "resnet101",
+    "resnet101d",
     "resnet152",
+    "resnet152d",
     "resnet18",
+    "resnet18d",
+    "resnet18vd",
     "resnet34",
+    "resnet34d",
+    "resnet34vd",
     "resnet50",
+    "resnet50d",
     "resnext101_32x8d",
     "resnext101_64x4d",
     "resnext50_32x4d",
@@ -33,9 +40,9 @@ OURS = [
     "wide_resnet50_2",
 ]
 PATTERNS = [
-    ("resnet1*", ["resnet101", "resnet152", "resnet18"]),
+    ("resnet1*", ["resnet101", "resnet101d", "resnet152", "resnet152d", "resnet18", "resnet18d", "resnet18vd"]),
     ("resnet?0", ["resnet50"]),
-    ("*50*", ["resnet50", "resnext50_32x4d", "wide_resnet50_2"]),
+    ("*50*", ["resnet50", "resnet50d", "resnext50_32x4d", "wide_resnet50_2"]),
     ("RESNET*", []),
     ("nothing", []),
 ]

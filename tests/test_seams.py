@@ -498,7 +498,7 @@ def test_a_copy_without_plain_weights_is_about_as_large_as_the_model() -> None:
 
 
 def test_every_variant_of_the_family_has_torchvisions_children() -> None:
-    for name in FAMILY:
+    for name in (name for name, row in FAMILY.items() if not row.deep_stem):  # torchvision has no ResNet-D
         with torch.device("meta"):
             ours, theirs = build(name), getattr(torchvision.models, name)()
         assert [child for child, _ in ours.named_children()] == [child for child, _ in theirs.named_children()][:-2]

@@ -117,12 +117,14 @@ def _fold_norms(parent: nn.Module, keep_weights: bool) -> int:
     """Fold each batch norm among the children of ``parent`` into the convolution it follows; return how many."""
     folded = 0
     for conv_name, norm_name in pairs_of(parent):
-        conv, norm = parent._modules.get(conv_name), parent._modules.get(norm_name)
+        path, _, leaf = conv_name.rpartition(".")  # a deep stem's last convolution lies within it
+        owner = parent.get_submodule(path)
+        conv, norm = owner._modules.get(leaf), parent._modules.get(norm_name)
         if conv is None or norm is None or not _is_plain_conv(conv) or has_hook_within(norm):
             continue
         constants = _constants(norm)
         if constants is not None:
-            parent._modules[conv_name] = _fold(conv, constants, keep_weights)
+            owner._modules[leaf] = _fold(conv, constants, keep_weights)
             parent._modules[norm_name] = _remainder(norm)
             folded += 1
     return folded

@@ -19,7 +19,7 @@ from backbone.weights.fit import require_fit
 from backbone.weights.inspect import Inspection, inspect_weights
 from backbone.weights.metadata import Metadata, cross_check, set_eps, warn_of_bgr
 from backbone.weights.reading import Checkpoint, flatten
-from backbone.weights.recognise import STEM, Recognised, network_name, recognise, under_timms_names, wrapper
+from backbone.weights.recognise import STEMS, Recognised, network_name, recognise, under_timms_names, wrapper
 from backbone.weights.renaming import describe_misfit, fitted, own_prefix, renamed
 from backbone.weights.report import LoadReport
 from backbone.weights.schemes import State
@@ -165,18 +165,19 @@ def _fit_stem(
     found: Recognised, own: Mapping[str, Tensor], chosen: Sequence[int | None] | None, name: str
 ) -> tuple[State, Preprocessing, list[str]]:
     """Return the tensors with the stem as the network's input channels need it, their pixels, and what was done."""
-    stem, wanted = found.state.get(STEM), own.get(STEM)
     preprocessing = found.metadata.preprocessing or Preprocessing()
+    name_of_stem = next((key for key in STEMS if key in own), STEMS[0])
+    stem, wanted = found.state.get(name_of_stem), own.get(name_of_stem)
     if chosen is not None and wanted is None:
-        raise ValueError(f"stem_channels_from adapts a ResNet's {STEM}, and {name} has none; remove the key")
+        raise ValueError(f"stem_channels_from adapts a ResNet's {name_of_stem}, and {name} has none; remove the key")
     if stem is None or wanted is None or not stem.ndim == wanted.ndim == 4:  # noqa: PLR2004
         return dict(found.state), preprocessing, []
     preprocessing = for_channels(preprocessing, stem.shape[1])
     mapping = stem_mapping(stem.shape[1], wanted.shape[1], chosen)
     if mapping is None:
         return dict(found.state), preprocessing, []
-    state = {**found.state, STEM: adapt_stem(stem, mapping, even=chosen is None)}
-    told = f"{STEM}: input channels stand for pre-trained channels {mapping}"
+    state = {**found.state, name_of_stem: adapt_stem(stem, mapping, even=chosen is None)}
+    told = f"{name_of_stem}: input channels stand for pre-trained channels {mapping}"
     return state, adapt_preprocessing(preprocessing, mapping), [told]
 
 

@@ -16,9 +16,9 @@ from backbone.weights.formats.detectron2 import DETECTRON2
 from backbone.weights.formats.efficientnet_pytorch import EFFICIENTNET_PYTORCH, from_timm, is_head, variant
 from backbone.weights.formats.timm import TIMM, create
 from backbone.weights.formats.torchvision import TORCHVISION
-from backbone.weights.formats.transformers import TRANSFORMERS
+from backbone.weights.formats.transformers import RT_DETR, TRANSFORMERS
 from backbone.weights.metadata import HEADER_KEY, Metadata
-from backbone.weights.recognise import Recognised, describe_network, network_name, recognise, resnet_name
+from backbone.weights.recognise import STEMS, Recognised, describe_network, network_name, recognise, resnet_name
 from backbone.weights.schemes import Format, State
 from backbone.weights.sources import open_source
 from backbone.weights.writing import write_atomically
@@ -55,14 +55,13 @@ def convert_weights(source: str | os.PathLike[str], out: Path, to: str, *, overw
     found = recognise(checkpoint)
     name = found.metadata.network or network_name(found.state)
     if variant(found.state) is not None and resnet_name(found.state) is None:
-        kept, renamed = _efficientnet(found, to, checkpoint.source)
+        renamed = _efficientnet(found, to, checkpoint.source)
+        dropped: dict[str, int] = {}
     else:
-        kept, renamed = _resnet(found, to, checkpoint.source)
+        renamed, dropped = _resnet(found, to, checkpoint.source)
     facts = replace(found.metadata, network=name)
     write_atomically(out, lambda draft: _write(draft, out.suffix, renamed, facts, to))
-    dropped = {reason: len(keys) for reason, keys in found.dropped.items()}
-    if len(kept) < len(found.state):
-        dropped[f"{to} counts no batches"] = len(found.state) - len(kept)
+    dropped = {reason: len(keys) for reason, keys in found.dropped.items()} | dropped
     lines = [
         f"{checkpoint.source}: {found.format.name if found.format else ''} {name} ({found.why})",
         f"{out}: {to}, {len(renamed)} tensors",
@@ -85,21 +84,24 @@ def _require_target(out: Path, to: str, overwrite: bool) -> None:
         raise FileExistsError(f"convert replaces no file unasked, and {str(out)!r} exists; add --overwrite")
 
 
-def _resnet(found: Recognised, to: str, source: str) -> tuple[State, State]:
-    """Return the tensors that the target takes, by our names and by its own."""
+def _resnet(found: Recognised, to: str, source: str) -> tuple[State, dict[str, int]]:
+    """Return the tensors by the target's names, and how many it does not take, by reason."""
     _require_whole(found, source)
     if to not in TARGETS:
         raise ValueError(f"{source}: {resnet_name(found.state)} can be written for {', '.join(TARGETS)}, got {to}")
-    target = TARGETS[to]
-    counters = [key for key in found.state if key.endswith(".num_batches_tracked")]
-    kept = {key: value for key, value in found.state.items() if target.counts_batches or key not in counters}
-    return kept, {_their_name(key, target, "fc.weight" in kept): value.contiguous() for key, value in kept.items()}
+    target = _of_network(TARGETS[to], found.state)
+    classifier = [key for key in found.state if key.startswith("fc.") and target is RT_DETR]
+    counters = [key for key in found.state if key.endswith(".num_batches_tracked") and not target.counts_batches]
+    kept = {key: value for key, value in found.state.items() if key not in {*classifier, *counters}}
+    dropped = {f"{target.name} has no classifier": len(classifier), f"{to} counts no batches": len(counters)}
+    renamed = {_their_name(key, target, "fc.weight" in kept): value.contiguous() for key, value in kept.items()}
+    return renamed, {reason: count for reason, count in dropped.items() if count}
 
 
 def _require_whole(found: Recognised, source: str) -> None:
     """Hold the tensors against the network they say they are, which needs no memory."""
     name = resnet_name(found.state)
-    stem = found.state.get("conv1.weight")
+    stem = next((found.state[key] for key in STEMS if key in found.state), None)
     if name is None or stem is None or stem.ndim < 2:  # noqa: PLR2004
         raise ValueError(f"{source}: convert needs a whole network, got {describe_network(found.state)}")
     with torch.device("meta"):
@@ -109,8 +111,8 @@ def _require_whole(found: Recognised, source: str) -> None:
     require_fit(found.state, network.state_dict(), found.unexplained, source)
 
 
-def _efficientnet(found: Recognised, to: str, source: str) -> tuple[State, State]:
-    """Return an EfficientNet's tensors by timm's names and by the target's."""
+def _efficientnet(found: Recognised, to: str, source: str) -> State:
+    """Return an EfficientNet's tensors by the target's names."""
     name = network_name(found.state)
     if to not in EFFICIENTNET_TARGETS:
         raise ValueError(f"{source}: {name} can be written for {', '.join(EFFICIENTNET_TARGETS)}, got {to}")
@@ -123,12 +125,29 @@ def _efficientnet(found: Recognised, to: str, source: str) -> tuple[State, State
         own = {key: value for key, value in own.items() if not is_head(key)}
     require_fit(found.state, own, found.unexplained, source)
     renamed = found.state if to == TIMM.name else from_timm(found.state)
-    return found.state, {key: value.contiguous() for key, value in renamed.items()}
+    return {key: value.contiguous() for key, value in renamed.items()}
 
 
 def _num_classes(found: Recognised, name: str) -> int | None:
     classifier = found.state.get(f"{name}.weight")
     return None if classifier is None or classifier.ndim == 0 else max(classifier.shape[0], 1)
+
+
+def _of_network(target: Format, state: State) -> Format:
+    """Return ``target``, or what its library calls a ResNet-D's parameters.
+
+    Raises:
+        ValueError: If it has no such network.
+    """
+    if STEMS[1] not in state:
+        return target
+    if target is TRANSFORMERS:
+        return RT_DETR
+    if target is DETECTRON2:
+        raise ValueError(
+            f"{target.name} has no network with a deep stem, got {network_name(state)}; choose another target"
+        )
+    return target
 
 
 def _their_name(key: str, target: Format, has_classifier: bool) -> str:

@@ -177,6 +177,8 @@ def _stride_in_1x1(backbone: Backbone) -> bool | None:
 
 
 def _stride(module: nn.Module) -> int:
+    if isinstance(module, nn.AvgPool2d):  # of a ResNet-D, whose shortcut strides there
+        return module.stride if isinstance(module.stride, int) else module.stride[0]
     return module.stride[0] if isinstance(module, nn.Conv2d) else 1
 
 

@@ -17,7 +17,7 @@ from backbone.weights.formats.mmdetection import MMDETECTION
 from backbone.weights.formats.self_supervised import SELF_SUPERVISED
 from backbone.weights.formats.timm import TIMM
 from backbone.weights.formats.torchvision import NAMES, TORCHVISION, TORCHVISION_DETECTION
-from backbone.weights.formats.transformers import TRANSFORMERS
+from backbone.weights.formats.transformers import RT_DETR, TRANSFORMERS, TRANSFORMERS_DETR
 from backbone.weights.metadata import Metadata
 from backbone.weights.reading import MAX_DEPTH, Checkpoint, Origin
 from backbone.weights.report import listed
@@ -28,10 +28,12 @@ FORMATS: Final = (
     SELF_SUPERVISED,
     TIMM,
     TORCHVISION_DETECTION,
+    TRANSFORMERS_DETR,
     TORCHVISION,
     DETECTRON2,
     CAFFE2,
     TRANSFORMERS,
+    RT_DETR,
     EFFICIENTNET_PYTORCH,
     TIMM_EFFICIENTNET,
 )
@@ -39,7 +41,8 @@ FORMATS: Final = (
 
 WRAPPERS: Final = re.compile(
     "(model_)?state_dict(_ema)?|ema_state_dict|model(_ema|_state)?|ema|network|net|weights|params|blobs|"
-    "module|_orig_mod|backbone|body|bottom_up|encoder|detector|backbone_net|resnet|trunk|conv_encoder|0|"
+    "module|_orig_mod|backbone|body|bottom_up|encoder|detector|backbone_net|resnet|trunk|conv_encoder|_backbone|"
+    "pixel_level_module|0|"
     "encoder_[qk]|(base|momentum|online|target)_encoder|teacher|student"
 )
 """Words that may stand before the network's own names, as wrappers or as modules. ``0`` is DETR's backbone.0.body."""
@@ -69,7 +72,8 @@ CONTAINERS: Final = (
 )
 """Those of the wrappers that no network has as a module, in the order in which they are preferred."""
 
-STEM: Final = "conv1.weight"
+STEMS: Final = ("conv1.weight", "conv1.0.weight")
+"""The convolution that sees the image: of a ResNet, of a ResNet-D."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,7 @@ def describe_network(state: Mapping[str, Tensor]) -> str:
         return efficientnet_pytorch.describe(state) or "no ResNet of this family"
     return name or (
         f"no ResNet of this family: {variant.block.__name__}, depths {variant.depths}, {variant.groups} groups of "
-        f"{variant.width_per_group} channels"
+        f"{variant.width_per_group} channels{', a deep stem' if variant.deep_stem else ''}"
     )
 
 
@@ -271,7 +275,9 @@ def _variant(state: Mapping[str, Tensor]) -> Variant | None:
     depths = [1 + max((block for number, block in blocks if number == stage), default=-1) for stage in (1, 2, 3, 4)]
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
     last = "layer1.0.conv3.weight" if block is Bottleneck else "layer1.0.conv2.weight"
-    stem, middle, last_conv = (state.get(key) for key in (STEM, "layer1.0.conv2.weight", last))
+    deep = STEMS[1] in state
+    ends = ("conv1.6.weight" if deep else STEMS[0], "layer1.0.conv2.weight", last)
+    stem, middle, last_conv = (state.get(key) for key in ends)
     if stem is None or middle is None or last_conv is None or not stem.ndim == middle.ndim == last_conv.ndim == 4:  # noqa: PLR2004
         return None
     groups = middle.shape[0] // max(middle.shape[1], 1)
@@ -282,4 +288,7 @@ def _variant(state: Mapping[str, Tensor]) -> Variant | None:
         groups=groups,
         width_per_group=middle.shape[0] // max(groups, 1),
         stem_channels=stem.shape[0],
+        deep_stem=deep,
+        pooled_shortcuts="layer2.0.downsample.2.weight" in state,
+        projects_first=block is BasicBlock and any(key.startswith("layer1.0.downsample.") for key in state),
     )

@@ -37,6 +37,8 @@ def saved(content: Any, folder: Path) -> Path:
 @pytest.mark.parametrize("names", [dict, foreign.detectron2_names], ids=["torchvision", "detectron2"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_network_is_named_from_the_file_alone(tmp_path: Path, name: str, names: Any) -> None:
+    if names is foreign.detectron2_names and FAMILY[name].deep_stem:
+        pytest.skip("detectron2 has no names for a ResNet-D of this layout")
     assert inspect_weights(saved(names(shapes_of(name)), tmp_path)).network == name
 
 

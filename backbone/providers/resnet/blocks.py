@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from backbone.engine import Parts, register_block, register_pairs, residual_block
 from backbone.norm import NormLayer
 
+Projection: TypeAlias = Callable[[int, int, int, NormLayer], nn.Sequential | None]
+"""Constructor of a shortcut: in_channels, out_channels, stride, norm; it returns None for the identity."""
+
 Conv3x3: TypeAlias = Callable[[int, int, int, int, int], nn.Module]
 """Constructor of a 3x3 convolution: in_channels, out_channels, stride, dilation, groups."""
 
@@ -22,6 +25,7 @@ class BasicBlock(nn.Module):
         stride: Stride of the first convolution and of the shortcut.
         first_dilation: Dilation of the first convolution.
         dilation: Dilation of the second.
+        make_shortcut: Constructor of the shortcut; ``projection`` where None.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class BasicBlock(nn.Module):
         stride: int = 1,
         first_dilation: int = 1,
         dilation: int = 1,
+        make_shortcut: Projection | None = None,
     ) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_channels, width, stride, first_dilation)
@@ -40,7 +45,7 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU()
         self.conv2 = conv3x3(width, width, 1, dilation)
         self.bn2 = norm(width)
-        self.downsample = _projection(in_channels, width, stride, norm)
+        self.downsample = (make_shortcut or projection)(in_channels, width, stride, norm)
 
     @property
     def last_norm(self) -> nn.Module:
@@ -71,6 +76,7 @@ class Bottleneck(nn.Module):
         groups: Groups of the 3x3 convolution (ResNeXt's cardinality, arXiv:1611.05431).
         stride_in_1x1: Whether the first 1x1 strides (v1) rather than the 3x3 (v1.5).
         make_conv3x3: Constructor of the 3x3 convolution; ``conv3x3`` where None.
+        make_shortcut: Constructor of the shortcut; ``projection`` where None.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class Bottleneck(nn.Module):
         groups: int = 1,
         stride_in_1x1: bool = False,
         make_conv3x3: Conv3x3 | None = None,
+        make_shortcut: Projection | None = None,
     ) -> None:
         super().__init__()
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
@@ -95,7 +102,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
         self.relu = nn.ReLU()
-        self.downsample = _projection(in_channels, out_channels, stride, norm)
+        self.downsample = (make_shortcut or projection)(in_channels, out_channels, stride, norm)
 
     @property
     def last_norm(self) -> nn.Module:
@@ -119,7 +126,7 @@ def conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int, gro
     return nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, groups, bias=False)
 
 
-def _projection(in_channels: int, out_channels: int, stride: int, norm: NormLayer) -> nn.Sequential | None:
+def projection(in_channels: int, out_channels: int, stride: int, norm: NormLayer) -> nn.Sequential | None:
     """Return the shortcut's 1x1 convolution and norm (option B of the paper), or None where it is the identity."""
     if stride == 1 and in_channels == out_channels:
         return None

@@ -1,8 +1,9 @@
-"""The ResNet family: a stem and four planned stages, C2 to C5."""
+"""The ResNet family, ResNet-D included: a stem and four planned stages, C2 to C5."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -15,6 +16,7 @@ from backbone.engine import conv_norm_act, register_pairs, register_sequence, ru
 from backbone.features import Backbone, Features, FeatureSpec, require_images
 from backbone.norm import NormLayer, norm_layer
 from backbone.providers.resnet.blocks import BasicBlock, Bottleneck, Conv3x3
+from backbone.providers.resnet.resnet_d import DeepStem, deep_stem, pooled_projection
 from backbone.registry import register_backbone
 from backbone.stages import C1_STRIDE, StagePlan, plan_stages, stage_number
 
@@ -30,6 +32,9 @@ class Variant:
         groups: Groups of a bottleneck's 3x3 convolutions.
         width_per_group: Channels per group of C2's 3x3 convolutions, in bottlenecks.
         stem_channels: Channels of the stem.
+        deep_stem: Whether three 3x3 convolutions stand for the stem's 7x7.
+        pooled_shortcuts: Whether a shortcut averages pixels before its convolution.
+        projects_first: Whether C2's shortcut is projected although its shape does not need it.
     """
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -38,6 +43,9 @@ class Variant:
     groups: int = 1
     width_per_group: int = 64
     stem_channels: int = 64
+    deep_stem: bool = False
+    pooled_shortcuts: bool = False
+    projects_first: bool = False
 
 
 FAMILY: Final = {
@@ -54,7 +62,15 @@ FAMILY: Final = {
     # Wide Residual Networks, arXiv:1605.07146, table 8: twice the width inside the bottleneck.
     "wide_resnet50_2": Variant(Bottleneck, (3, 4, 6, 3), width_per_group=128),
     "wide_resnet101_2": Variant(Bottleneck, (3, 4, 23, 3), width_per_group=128),
+    # ResNet-D, arXiv:1812.01187, table 5; timm's names.
+    "resnet18d": Variant(BasicBlock, (2, 2, 2, 2), c2_channels=64, deep_stem=True, pooled_shortcuts=True),
+    "resnet34d": Variant(BasicBlock, (3, 4, 6, 3), c2_channels=64, deep_stem=True, pooled_shortcuts=True),
+    "resnet50d": Variant(Bottleneck, (3, 4, 6, 3), deep_stem=True, pooled_shortcuts=True),
+    "resnet101d": Variant(Bottleneck, (3, 4, 23, 3), deep_stem=True, pooled_shortcuts=True),
+    "resnet152d": Variant(Bottleneck, (3, 8, 36, 3), deep_stem=True, pooled_shortcuts=True),
 }
+for _d in ("resnet18d", "resnet34d"):  # RT-DETR's small ones, arXiv:2304.08069: PaddleDetection projects C2's shortcut
+    FAMILY[_d.replace("d", "vd")] = replace(FAMILY[_d], projects_first=True)
 
 
 class Stage(nn.Sequential):
@@ -138,7 +154,11 @@ class ResNet(Backbone):
         make_norm = norm_layer(norm)
         self.in_channels = in_channels
         channels = variant.stem_channels
-        self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+        self.conv1 = (
+            DeepStem(in_channels, channels // 2, channels, make_norm)
+            if variant.deep_stem
+            else nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+        )
         self.bn1 = make_norm(channels)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -179,9 +199,7 @@ class ResNet(Backbone):
             features["c1"] = self._c1(images)
             x = self.maxpool(features["c1"])
         else:
-            x = stem(images, self.conv1, self.bn1, self.relu, self.maxpool)
-            if x is None:
-                x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+            x = self._stem(images)
         for name, paths in self.stage_modules.items():
             if name != "stem":
                 x = self.get_submodule(paths[0])(x)
@@ -204,6 +222,12 @@ class ResNet(Backbone):
         delattr(self, path)
         return stage
 
+    def _stem(self, images: Tensor) -> Tensor:
+        """Images (N, in_channels, H, W) -> (N, 64, H/4, W/4); sizes round up."""
+        first, after = self.conv1, (self.bn1, self.relu, self.maxpool)
+        x = deep_stem(images, first, *after) if isinstance(first, DeepStem) else stem(images, first, *after)
+        return self.maxpool(self.relu(self.bn1(self.conv1(images)))) if x is None else x
+
     def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:  # those that predict offsets have one
@@ -212,7 +236,7 @@ class ResNet(Backbone):
                 nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
 
-register_pairs(ResNet, ("conv1", "bn1"))
+register_pairs(ResNet, ("conv1", "bn1"), ("conv1.6", "bn1"))
 
 
 def _blocks(
@@ -233,9 +257,20 @@ def _blocks(
         dilation = plan.dilation
         if multi_grid is not None:
             first_dilation = dilation = plan.dilation * multi_grid[index]
+        always = variant.projects_first and number == index == 0
+        pooled = partial(pooled_projection, dilated=plan.dilation > 1, always=always)
+        shortcut = pooled if variant.pooled_shortcuts else None
         if issubclass(variant.block, BasicBlock):
-            dilations = {"first_dilation": first_dilation, "dilation": dilation}
-            blocks.append(variant.block(in_channels, out_channels, norm=norm, stride=stride, **dilations))
+            basic = variant.block(
+                in_channels,
+                out_channels,
+                norm=norm,
+                stride=stride,
+                first_dilation=first_dilation,
+                dilation=dilation,
+                make_shortcut=shortcut,
+            )
+            blocks.append(basic)
         else:
             width = variant.groups * (variant.width_per_group << number)
             block = variant.block(
@@ -248,6 +283,7 @@ def _blocks(
                 groups=variant.groups,
                 stride_in_1x1=stride_in_1x1,
                 make_conv3x3=make_conv3x3,
+                make_shortcut=shortcut,
             )
             blocks.append(block)
         in_channels = out_channels

@@ -20,6 +20,9 @@ NAMES: Final = KeyScheme(
         ("layer{stage}.{block}.downsample.0.weight", "layer{stage}.{block}.downsample.0.weight"),
         ("layer{stage}.{block}.downsample.1.{norm}", "layer{stage}.{block}.downsample.1.{norm}"),
         ("fc.{linear}", "fc.{linear}"),
+        # timm's of a ResNet-D, whose stem is a sequence and whose shortcuts begin with a pool
+        ("conv1.{block}.{norm}", "conv1.{block}.{norm}"),
+        ("layer{stage}.{block}.downsample.2.{norm}", "layer{stage}.{block}.downsample.2.{norm}"),
     )
 )
 
