@@ -88,7 +88,7 @@ def find_keypoints(heatmaps: Value, boxes: Value) -> Value:
 
 
 @script(default_opset=op)
-def _find_peaks(heatmaps: FLOAT[...], boxes: FLOAT[...]):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _find_peaks(heatmaps: FLOAT[...], boxes: FLOAT[...]) -> FLOAT[...]:
     """Each box's heat maps (J, S, S) are resized to its size in pixels: (x, y, 1, score) of their peaks (R, J, 4)."""
     corner = op.Slice(boxes, [0], [2], [1])
     size = op.Max(op.Sub(op.Slice(boxes, [2], [4], [1]), corner), 1.0)
