@@ -1,8 +1,8 @@
-"""Any model as exporters want it: tensors in, a tuple of named tensors out, and the plain model to compare with."""
+"""Any model as exporters want it: tensors in, named tensors out, and the plain model to compare with."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class Network:
     """What is exported.
 
     Attributes:
-        module: Tensors -> tuple of tensors, traced as it stands.
+        module: Tensors -> tensors in the order of ``outputs``, traced as it stands.
         outputs: Their names.
         channels: Of an image.
         reference: The model as PyTorch runs it, of the same images as the file: a batch -> outputs by name.
@@ -49,7 +49,6 @@ class Network:
     detector: nn.Module | None = None
     example_size: tuple[int, int] = (192, 256)
     resizes_to: tuple[int, int] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def understand(model: nn.Module, request: Request) -> Network:
@@ -69,16 +68,10 @@ def understand(model: nn.Module, request: Request) -> Network:
     resizes_to = request.image_size if request.with_preprocessing else None
     if request.with_preprocessing:
         prepare = Prepare(preprocessing or Preprocessing(), channels, resizes_to)
-    plain = Named(copy, names, prepare)
-
-    def reference(images: Tensor) -> Outputs:
-        return dict(zip(names, plain(images), strict=True))
-
-    module: nn.Module = plain
-    if request.dtype in _DTYPES:
-        module = Named(_in_dtype(for_export(copy), _DTYPES[request.dtype]), names, prepare)
+    reference = Named(copy, names, prepare)
+    network = for_export(copy).to(_DTYPES[request.dtype]) if request.dtype in _DTYPES else copy
     return Network(
-        module,
+        Named(network, names, prepare),
         names,
         channels,
         reference,
@@ -126,19 +119,19 @@ def _usual_size(detector: nn.Module) -> tuple[int, int]:
 
 
 class Named(nn.Module):
-    """Images -> the named outputs of a network in order, float32 whatever it computes in."""
+    """Images -> the named outputs of a network, float32 whatever it computes in."""
 
     def __init__(self, network: nn.Module, names: tuple[str, ...], prepare: nn.Module | None) -> None:
         super().__init__()
         self.network, self.names, self.prepare = network, names, prepare
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images (N, C, H, W) -> one tensor for each name."""
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (N, C, H, W) -> one tensor for each name, in their order."""
         if self.prepare is not None:
             images = self.prepare(images)
         dtype = next((parameter.dtype for parameter in self.network.parameters()), images.dtype)
         outputs = named_outputs(self.network(images.to(dtype)))
-        return tuple(outputs[name].float() for name in self.names)
+        return {name: outputs[name].float() for name in self.names}
 
 
 class Prepare(nn.Module):
@@ -225,7 +218,3 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing | None:
         if isinstance(module, Backbone):
             return module.preprocessing
     return None
-
-
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return model.to(dtype)

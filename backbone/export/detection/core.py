@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 
 from backbone.export.detection.dense import DenseCore
 from backbone.export.detection.r_cnn import TwoStageCore
@@ -41,3 +41,20 @@ class DetectorCore(nn.Module):
             places = keypoints[..., :2] * ratio[:2]
             others[-2] = keypoints.new_ones(keypoints.shape).slice_scatter(places, -1, 0, 2)
         return (boxes * ratio, *others)
+
+
+def fixed_shapes(detector: nn.Module) -> dict[str, list[int]]:
+    """Return the shape of each output of a detector's file, without the batch; a mask's sides are -1."""
+    if not isinstance(detector, FasterRCNN):
+        num_detections = int(detector.detections_per_img)  # type: ignore[arg-type]
+    else:
+        num_detections = int(detector.roi_heads.detections_per_img)
+    shapes = {"boxes": [num_detections, 4], "scores": [num_detections], "labels": [num_detections], "count": [1]}
+    if isinstance(detector, MaskRCNN):
+        shapes["masks"] = [num_detections, -1, -1]
+    if isinstance(detector, KeypointRCNN):
+        predictor = detector.roi_heads.keypoint_predictor
+        num_keypoints = next(module.out_channels for module in predictor.modules() if hasattr(module, "out_channels"))
+        shapes["keypoints"] = [num_detections, num_keypoints, 3]
+        shapes["keypoints_scores"] = [num_detections, num_keypoints]
+    return shapes
