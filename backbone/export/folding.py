@@ -1,4 +1,4 @@
-"""Norms that are constants, folded into the convolution before them: for every runtime, before any of them sees them."""
+"""Norms that are constants, folded into the convolution before them: once, for every runtime."""
 
 import copy
 from collections import Counter
@@ -94,11 +94,16 @@ def _fold(program: ExportedProgram, norm: Node, names: dict[str, str], uses: "Co
 
 
 def _is_convolution(node: object) -> TypeGuard[Node]:
-    return isinstance(node, Node) and node.target in (
-        torch.ops.aten.conv2d.default,
-        torch.ops.aten.conv2d.padding,
-        torch.ops.aten.convolution.default,
-    ) and (node.target is not torch.ops.aten.convolution.default or not node.args[6])
+    return (
+        isinstance(node, Node)
+        and node.target
+        in (
+            torch.ops.aten.conv2d.default,
+            torch.ops.aten.conv2d.padding,
+            torch.ops.aten.convolution.default,
+        )
+        and (node.target is not torch.ops.aten.convolution.default or not node.args[6])
+    )
 
 
 def _replace(state: dict[str, Tensor], name: str, value: Tensor) -> None:

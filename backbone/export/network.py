@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 
 from backbone.export.affine import PixelAffine
 from backbone.export.folding import for_export
 from backbone.export.request import Request
+from backbone.export.resizing import resize
 from backbone.features import Backbone, Preprocessing
 
 Outputs = Mapping[str, Tensor]
@@ -61,7 +61,7 @@ def understand(model: nn.Module, request: Request) -> Network:
     if isinstance(copy, FasterRCNN | RetinaNet | FCOS):
         return _understand_detector(copy, request)
     channels = in_channels(copy)
-    preprocessing = _preprocessing_of(copy)
+    preprocessing = preprocessing_of(copy)
     example_size = request.image_size or (192, 256)
     names = _output_names(copy, channels, example_size)
     prepare: nn.Module | None = None
@@ -147,7 +147,7 @@ class Prepare(nn.Module):
         super().__init__()
         affine = PixelAffine.from_preprocessing(preprocessing, channels)
         self.size, self.reverse = size, affine.order != tuple(range(channels))
-        self.mode = "bicubic" if preprocessing.interpolation == "bicubic" else "bilinear"
+        self.bicubic = preprocessing.interpolation == "bicubic"
         self.register_buffer("factor", affine.scale(takes_bytes=True).float()[:, None, None])
         self.register_buffer("offset", affine.offset.float()[:, None, None])
 
@@ -155,8 +155,7 @@ class Prepare(nn.Module):
         """Images (N, C, H, W) of 0 to 255 -> (N, C, h, w) float32."""
         pixels = images.float()
         if self.size is not None:
-            pixels = F.interpolate(pixels, self.size, mode=self.mode, align_corners=False, antialias=True)
-            pixels = pixels.clamp(0, 255)  # bicubic overshoots
+            pixels = resize(pixels, self.size, bicubic=self.bicubic)
         if self.reverse:
             pixels = pixels.flip(1)
         return pixels * self.get_buffer("factor") + self.get_buffer("offset")
@@ -213,7 +212,8 @@ def strides_of(backbone: nn.Module, channels: int) -> dict[str, int]:
     return {name: _STRIDE_PROBE // features.shape[2] for name, features in maps.items()}
 
 
-def _preprocessing_of(model: nn.Module) -> Preprocessing | None:
+def preprocessing_of(model: nn.Module) -> Preprocessing | None:
+    """Return what the weights of the backbone in ``model`` expect of an image; None without a backbone of ours."""
     for module in model.modules():
         if isinstance(module, Backbone):
             return module.preprocessing

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from backbone.export.tracing import Traced
 
 Arrays = dict[str, NDArray[Any]]
 
-LARGEST_FILE = 2**31 - 1
+_JOINTS: Final = {"resized": "resized_images", "image_size": "resized_size", "ratio": "size_ratio"}
+"""Outputs of a detector's front -> inputs of its network."""
+
+LARGEST_FILE: Final = 2**31 - 1
 """Bytes of one protobuf message; a larger network would need a second file."""
 
 
@@ -49,7 +52,7 @@ def _convert(network: Network, traced: Traced, request: Request) -> Any:  # noqa
     if network.detector is not None:
         from backbone.export.detection.onnx_operators import translations as table
 
-        translations, inputs = table(), ["images", "image_size", "ratio"]
+        translations, inputs = table(), list(_JOINTS.values())
     with quiet(), torch.no_grad():
         converted = torch.onnx.export(
             traced.program,
@@ -79,9 +82,7 @@ def _with_front(model: Any, network: Network, request: Request) -> Any:  # noqa:
     )
     front.ir_version = model.ir_version
     front = compose.add_prefix(front, "front/", rename_inputs=False, rename_outputs=False)
-    model = compose.add_prefix(model, "network/", rename_inputs=True, rename_outputs=False)
-    joints = [("resized", "network/images"), ("image_size", "network/image_size"), ("ratio", "network/ratio")]
-    return compose.merge_models(front, model, io_map=joints)
+    return compose.merge_models(front, model, io_map=list(_JOINTS.items()))
 
 
 def _forget_the_machine(model: Any) -> None:  # noqa: ANN401
@@ -120,10 +121,9 @@ def _name_axes(model: Any, symbols: Mapping[str, str]) -> None:  # noqa: ANN401
     """Call the axes of the images batch, height and width, also where other sizes are computed from them."""
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b") if symbols else None
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+        for dim in value.type.tensor_type.shape.dim:
             if pattern is not None and dim.dim_param:
                 dim.dim_param = pattern.sub(lambda found: symbols[found[0]], dim.dim_param)
-            del axis
 
 
 class Runner:

@@ -1,6 +1,7 @@
 """What is asked of an export, checked before anything heavy is imported. This file knows no torch."""
 
 import importlib.util
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,7 @@ class Request:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.dtype not in _DTYPES_OF[self.to]:
-            raise ValueError(
-                f"dtype {self.dtype} is not on offer for {self.to}: {_WHY_NOT[self.to, self.dtype]}"
-            )
+            raise ValueError(f"dtype {self.dtype} is not on offer for {self.to}: {_WHY_NOT[self.to, self.dtype]}")
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):  # noqa: PLR2004
             raise ValueError(f"image_size must be a height and a width of at least 1 pixel, got {self.image_size}")
         if self.batch is not None and self.batch < 1:
@@ -122,8 +121,6 @@ def require_libraries(target: Target) -> None:
 
 def require_writable(folder: Path) -> None:
     """Raise ValueError unless files can be made in ``folder``; nothing is left there."""
-    import tempfile
-
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -72,9 +72,7 @@ def _resized(detector: Any, height: int, width: int) -> tuple[int, int]:  # noqa
     return image.shape[1], image.shape[2]
 
 
-def _varying(
-    program: ExportedProgram, images: Tensor, spec: dict[int, Any]
-) -> tuple[dict[str, str], tuple[int, int]]:
+def _varying(program: ExportedProgram, images: Tensor, spec: dict[int, Any]) -> tuple[dict[str, str], tuple[int, int]]:
     """Return the symbols of the axes in ``spec`` and the smallest image; refuse an axis that became a constant."""
     inputs = program.graph_signature.user_inputs
     shape = next(node.meta["val"].shape for node in program.graph.nodes if node.name == inputs[0])

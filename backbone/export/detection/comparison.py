@@ -60,9 +60,7 @@ def _image_difference(reference: Outputs, found: Arrays, case: Case) -> Differen
     return largest
 
 
-def _nearest(
-    reference: Outputs, found: Arrays, index: int, free: set[int]
-) -> tuple[int | None, float, float]:
+def _nearest(reference: Outputs, found: Arrays, index: int, free: set[int]) -> tuple[int | None, float, float]:
     """Return the free detection nearest to number ``index`` of the model, and how far its corners and score are."""
     best: tuple[int | None, float, float] = (None, BOX_TOLERANCE, 0.0)
     box, label = reference["boxes"][index].numpy(), int(reference["labels"][index])

@@ -1,4 +1,4 @@
-"""A detector of torchvision from resized images to boxes in pixels of the original: the part that torch.export traces."""
+"""A detector of torchvision from resized images to boxes of the original: the part that torch.export traces."""
 
 from collections.abc import Mapping
 

@@ -22,7 +22,7 @@ def front_graph(transform: GeneralizedRCNNTransform, channels: int, *, takes_byt
     """
     from onnx import parser
 
-    affine = PixelAffine.of(lambda image: transform.normalize(image), channels)
+    affine = PixelAffine.of(transform.normalize, channels)
     dtype = "uint8" if takes_bytes else "float"
     text = f"""
     <ir_version: 10, opset_import: ["": {opset}]>
@@ -40,7 +40,8 @@ def front_graph(transform: GeneralizedRCNNTransform, channels: int, *, takes_byt
         leading = Shape<start = 0, end = 2>(images)
         {_resized_size(transform)}
         new_shape = Concat<axis = 0>(leading, new_size)
-        resized_alone = Resize<mode = "linear", coordinate_transformation_mode = "half_pixel">(normalised, , , new_shape)
+        resized_alone = Resize<mode = "linear", coordinate_transformation_mode = "half_pixel">(
+            normalised, , , new_shape)
         divisor = Constant<value_ints = [{transform.size_divisible}]>()
         almost = Constant<value_ints = [{transform.size_divisible - 1}]>()
         raised = Add(new_size, almost)
@@ -72,11 +73,10 @@ def _resized_size(transform: GeneralizedRCNNTransform) -> str:
         sides = Cast<to = 11>(size)
         shortest = ReduceMin<keepdims = 1>(sides)
         longest = ReduceMax<keepdims = 1>(sides)
-        wanted = Constant<value = double[1] {{{shorter}}}>()
-        limit = Constant<value = double[1] {{{longer}}}>()
-        by_shorter = Div(wanted, shortest)
-        by_longer = Div(limit, longest)
-        scale = Min(by_shorter, by_longer)
+        limits = Constant<value = double[2] {{{shorter}, {longer}}}>()
+        extremes = Concat<axis = 0>(shortest, longest)
+        scales = Div(limits, extremes)
+        scale = ReduceMin<keepdims = 1>(scales)
         exact = Mul(sides, scale)
         floored = Floor(exact)
         new_size = Cast<to = 7>(floored)

@@ -7,7 +7,6 @@ import torch
 from onnxscript import FLOAT, script
 from onnxscript import opset18 as op
 
-from backbone.export.detection import operators as _registers_them
 from backbone.export.detection.operators import NOTHING
 
 Value: TypeAlias = Any
@@ -20,9 +19,7 @@ def select_best(scores: Value, count: int) -> Value:
     """TopK of what is there, padded to ``count``."""
     length = op.Min(op.Constant(value_ints=[count]), op.Shape(scores, start=1, end=2))
     values, places = op.TopK(scores, length, axis=1)
-    missing = op.Concat(
-        op.Constant(value_ints=[0, 0, 0]), op.Sub(op.Constant(value_ints=[count]), length), axis=0
-    )
+    missing = op.Concat(op.Constant(value_ints=[0, 0, 0]), op.Sub(op.Constant(value_ints=[count]), length), axis=0)
     padded = op.Pad(values, missing, op.Constant(value_float=NOTHING))
     return padded, op.Pad(places, missing, op.Constant(value_int=0))
 

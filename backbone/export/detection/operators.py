@@ -81,9 +81,7 @@ def pool_boxes(
 
 
 @pool_boxes.register_fake
-def _(
-    maps: list[Tensor], boxes: Tensor, levels: Tensor, scales: list[float], size: int, sampling_ratio: int
-) -> Tensor:
+def _(maps: list[Tensor], boxes: Tensor, levels: Tensor, scales: list[float], size: int, sampling_ratio: int) -> Tensor:
     return boxes.new_empty((boxes.shape[0] * boxes.shape[1], maps[0].shape[1], size, size))
 
 

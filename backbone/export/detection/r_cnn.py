@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign
 
-from backbone.export.detection.operators import find_keypoints, pool_boxes, select_best, suppress
+from backbone.export.detection.operators import NOTHING, find_keypoints, pool_boxes, select_best, suppress
 from backbone.export.detection.selection import Detections, clip, decode, gather_rows, has_sides_of, keep_best
 
 _SMALLEST_DETECTION = 1e-2  # of each side in pixels, as in torchvision's RoIHeads
@@ -125,22 +125,29 @@ def _propose(
     anchors = rpn.anchor_generator(image_list, maps)[0]
     anchors = anchors.split([level.shape[1] * level.shape[2] * level.shape[3] for level in objectness])
     boxes, scores, levels = [], [], []
-    for index, (level_scores, level_codes, level_anchors) in enumerate(zip(objectness, codes, anchors, strict=True)):
-        num_images, num_anchors = level_scores.shape[0], level_scores.shape[1]
-        level_scores = level_scores.permute(0, 2, 3, 1).flatten(1)
-        level_codes = level_codes.unflatten(1, (num_anchors, 4)).permute(0, 3, 4, 1, 2).reshape(num_images, -1, 4)
-        best_scores, best = select_best(level_scores, rpn.pre_nms_top_n())
-        found = decode(rpn.box_coder, gather_rows(level_codes, best), level_anchors[best])
-        boxes.append(clip(found, image_size))
-        is_any = has_sides_of(boxes[-1], rpn.min_size) & (best_scores > -1e29)
-        best_scores = torch.sigmoid(best_scores)
-        scores.append(torch.where(is_any & (best_scores >= rpn.score_thresh), best_scores, -1.0))
-        levels.append(torch.full_like(best, index))
+    for index, level in enumerate(zip(objectness, codes, anchors, strict=True)):
+        level_boxes, level_scores = _level_proposals(rpn, *level, image_size)
+        boxes.append(level_boxes)
+        scores.append(level_scores)
+        levels.append(torch.full_like(level_scores, index, dtype=torch.int64))
     every_box, every_score, every_level = torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels, 1)
     keep = suppress(every_box, every_score, every_level, len(maps), rpn.nms_thresh)
     best_scores, best = select_best(torch.where(keep, every_score, -1.0), rpn.post_nms_top_n())
     is_any = best_scores >= 0
     return torch.where(is_any[..., None], gather_rows(every_box, best), 0.0), is_any
+
+
+def _level_proposals(
+    rpn: RegionProposalNetwork, objectness: Tensor, codes: Tensor, anchors: Tensor, image_size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Objectness (N, A, H, W) and codes (N, 4 A, H, W) of a level -> its best boxes (N, k, 4) and scores (N, k)."""
+    num_images, num_anchors = objectness.shape[0], objectness.shape[1]
+    codes = codes.unflatten(1, (num_anchors, 4)).permute(0, 3, 4, 1, 2).reshape(num_images, -1, 4)
+    scores, best = select_best(objectness.permute(0, 2, 3, 1).flatten(1), rpn.pre_nms_top_n())
+    boxes = clip(decode(rpn.box_coder, gather_rows(codes, best), anchors[best]), image_size)
+    is_any = has_sides_of(boxes, rpn.min_size) & (scores > NOTHING / 2)
+    scores = torch.sigmoid(scores)
+    return boxes, torch.where(is_any & (scores >= rpn.score_thresh), scores, -1.0)
 
 
 def _pooler(pool: MultiScaleRoIAlign, strides: Mapping[str, int]) -> _Pooler:

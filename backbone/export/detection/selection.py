@@ -1,4 +1,4 @@
-"""What dense and two-stage detectors share once boxes are predicted: decoding, clipping and choosing, in fixed shapes."""
+"""What all detectors share once boxes are predicted: decoding, clipping and choosing, in fixed shapes."""
 
 from typing import NamedTuple
 
