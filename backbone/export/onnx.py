@@ -79,10 +79,12 @@ def _with_front(model: Any, network: Network, request: Request) -> Any:  # noqa:
         network.channels,
         takes_bytes=network.takes_bytes,
         opset=model.opset_import[0].version,
+        batch=request.batch,
+        image_size=request.image_size,
     )
     front.ir_version = model.ir_version
-    front = compose.add_prefix(front, "front/", rename_inputs=False, rename_outputs=False)
-    return compose.merge_models(front, model, io_map=list(_JOINTS.items()))
+    front = compose.add_prefix(front, "front/", rename_inputs=False)
+    return compose.merge_models(front, model, io_map=[(f"front/{output}", name) for output, name in _JOINTS.items()])
 
 
 def _forget_the_machine(model: Any) -> None:  # noqa: ANN401

@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
-_LARGEST_BYTE = 255.0
-
 
 def resize(pixels: Tensor, size: tuple[int, int], *, bicubic: bool) -> Tensor:
     """Pixels (N, C, H, W) of 0 to 255 -> (N, C, *size), as ``F.interpolate(..., antialias=True)`` resizes them."""
     rows = _weights(pixels.shape[2], size[0], bicubic, pixels)
     columns = _weights(pixels.shape[3], size[1], bicubic, pixels)
-    return (rows @ pixels @ columns.transpose(0, 1)).clamp(0, _LARGEST_BYTE)  # bicubic overshoots
+    return (rows @ pixels @ columns.transpose(0, 1)).clamp(min=0.0).clamp(max=255.0)  # bicubic overshoots
 
 
 def _weights(before: int, after: int, bicubic: bool, like: Tensor) -> Tensor:

@@ -61,15 +61,12 @@ def example_images(network: Network, request: Request) -> Tensor:
     dtype = torch.uint8 if network.takes_bytes else torch.float32
     if network.detector is not None:
         divisor = int(network.detector.transform.size_divisible)  # type: ignore[union-attr, arg-type]
-        shape = _resized(network.detector, height, width)
+        from backbone.export.detection.front import resized_size
+
+        shape = resized_size(network.detector.transform, height, width)  # type: ignore[arg-type]
         height, width = (-(-side // divisor) * divisor for side in shape)
         dtype = torch.float32
     return torch.zeros(request.batch or 2, network.channels, height, width, dtype=dtype)
-
-
-def _resized(detector: Any, height: int, width: int) -> tuple[int, int]:  # noqa: ANN401 - one of torchvision's
-    image, _ = detector.transform.resize(torch.zeros(1, height, width), None)
-    return image.shape[1], image.shape[2]
 
 
 def _varying(program: ExportedProgram, images: Tensor, spec: dict[int, Any]) -> tuple[dict[str, str], tuple[int, int]]:

@@ -189,7 +189,8 @@ def _write(
     except RuntimeError as error:
         if any(word in str(error) for word in ("PytorchStreamWriter", "No space left", "File too large", "Can't open")):
             raise OSError(f"{request.path}: cannot be written ({' '.join(str(error).split())[:200]})") from error
-        raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{request.to} cannot express this model: {reason}") from error
 
 
 def _put_in_place(draft: Path, path: Path) -> None:

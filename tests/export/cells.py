@@ -6,10 +6,11 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from backbone import Backbone
 from backbone.hosts.torchvision import build_detector
 from backbone.pyramid import FeaturePyramid
 from backbone.recipe import DetectorConfig
-from tests.conftest import build, randomise_norms
+from conftest import build, randomise_norms
 
 
 def backbone(name: str, **settings: object) -> nn.Module:
@@ -19,9 +20,15 @@ def backbone(name: str, **settings: object) -> nn.Module:
     return model
 
 
-def pyramid(name: str, **settings: object) -> nn.Module:
-    """The same with p2 to p7."""
-    return FeaturePyramid(backbone(name, **settings), extra_levels="p6p7")  # type: ignore[arg-type]
+def on_pyramid(model: nn.Module) -> nn.Module:
+    """The backbone with levels up to p7."""
+    assert isinstance(model, Backbone)
+    return FeaturePyramid(model, out_channels=64, extra_levels="p6p7")
+
+
+def pyramid(name: str) -> nn.Module:
+    """A backbone of that name with p2 to p7."""
+    return on_pyramid(backbone(name))
 
 
 def detector(name: str, network: str = "resnet18") -> nn.Module:

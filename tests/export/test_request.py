@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from backbone.export import MissingExtraError, export_model
-from tests.conftest import build
+from conftest import build
 
 BAD = {
     "an unknown target": ({"to": "onxn"}, "model.onnx", "did you mean 'onnx'"),

@@ -11,7 +11,15 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from backbone.export.affine import PixelAffine
 
 
-def front_graph(transform: GeneralizedRCNNTransform, channels: int, *, takes_bytes: bool, opset: int) -> Any:  # noqa: ANN401
+def front_graph(
+    transform: GeneralizedRCNNTransform,
+    channels: int,
+    *,
+    takes_bytes: bool,
+    opset: int,
+    batch: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Any:  # noqa: ANN401
     """Return the graph images -> resized (N, C, H, W), image_size (2,), ratio (4,), as a ModelProto.
 
     Args:
@@ -19,15 +27,19 @@ def front_graph(transform: GeneralizedRCNNTransform, channels: int, *, takes_byt
         channels: Of an image.
         takes_bytes: Whether images are uint8 of 0 to 255 rather than float32 of 0 to 1.
         opset: Of ONNX.
+        batch: Images at a time; None for any number.
+        image_size: Height and width of an image; None for any.
     """
     from onnx import parser
 
     affine = PixelAffine.of(transform.normalize, channels)
     dtype = "uint8" if takes_bytes else "float"
+    height, width = image_size or ("height", "width")
     text = f"""
     <ir_version: 10, opset_import: ["": {opset}]>
-    front ({dtype}[batch, {channels}, height, width] images)
-        => (float[batch, {channels}, padded_height, padded_width] resized, float[2] image_size, float[4] ratio)
+    front ({dtype}[{batch or "batch"}, {channels}, {height}, {width}] images)
+        => (float[{batch or "batch"}, {channels}, padded_height, padded_width] resized,
+            float[2] image_size, float[4] ratio)
     <float[{channels}, 1, 1] factor = {_braces(affine.scale(takes_bytes=takes_bytes))},
      float[{channels}, 1, 1] offset = {_braces(affine.offset)},
      int64[{channels}] order = {{{", ".join(map(str, affine.order))}}}>
@@ -38,7 +50,7 @@ def front_graph(transform: GeneralizedRCNNTransform, channels: int, *, takes_byt
         normalised = Add(scaled, offset)
         size = Shape<start = 2, end = 4>(images)
         leading = Shape<start = 0, end = 2>(images)
-        {_resized_size(transform)}
+        {_resized_size(transform, image_size)}
         new_shape = Concat<axis = 0>(leading, new_size)
         resized_alone = Resize<mode = "linear", coordinate_transformation_mode = "half_pixel">(
             normalised, , , new_shape)
@@ -61,8 +73,17 @@ def front_graph(transform: GeneralizedRCNNTransform, channels: int, *, takes_byt
     return parser.parse_model(text)
 
 
-def _resized_size(transform: GeneralizedRCNNTransform) -> str:
-    """Return the lines that compute ``new_size``, in double precision as torchvision does."""
+def resized_size(transform: GeneralizedRCNNTransform, height: int, width: int) -> tuple[int, int]:
+    """Return what ``transform`` resizes an image of that size to, in pixels, without padding."""
+    image, _ = transform.resize(torch.zeros(1, height, width), None)
+    return image.shape[1], image.shape[2]
+
+
+def _resized_size(transform: GeneralizedRCNNTransform, image_size: tuple[int, int] | None) -> str:
+    """Return the lines that compute ``new_size``: for images of any size in double precision, as torchvision does."""
+    if image_size is not None:
+        height, width = resized_size(transform, *image_size)
+        return f"new_size = Constant<value_ints = [{height}, {width}]>()"
     if transform._skip_resize:
         return "new_size = Identity(size)"
     if transform.fixed_size is not None:
