@@ -88,7 +88,7 @@ def _understand_detector(detector: FasterRCNN | RetinaNet | FCOS, request: Reque
     if request.to not in ("onnx", "openvino"):
         raise ValueError(
             f"a detector's suppression and pooling are exported as ONNX's own operators, which {request.to} has none "
-            f"of; use onnx or openvino, or export detector.backbone"
+            f"of; use onnx or openvino, or export the backbone alone"
         )
     if request.dtype not in ("float32",) and request.to == "onnx":
         raise ValueError(f"a detector is exported to onnx in float32, got {request.dtype}; leave it out")

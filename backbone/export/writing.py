@@ -124,7 +124,7 @@ def export_model(
     metadata[PREFIX + "check"] = checking.fingerprints(network, expected)
     with tempfile.TemporaryDirectory(dir=request.path.parent, prefix=f".{request.path.name}.", suffix=".part") as name:
         draft = Path(name) / request.path.name
-        _write(network, traced, request, metadata, draft, calibration)
+        write_draft(network, traced, request, metadata, draft, calibration)
         run = runners.load(draft, to)
         difference = checking.compare(network, expected, run, dtype)
         timed = min(checked, key=lambda case: case.batch)
@@ -150,7 +150,7 @@ def export_model(
     )
 
 
-def _write(
+def write_draft(
     network: Network,
     traced: Traced,
     request: Request,

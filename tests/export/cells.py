@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
+from conftest import build, randomise_norms
 from torch import Tensor, nn
 
 from backbone import Backbone
 from backbone.hosts.torchvision import build_detector
 from backbone.pyramid import FeaturePyramid
 from backbone.recipe import DetectorConfig
-from conftest import build, randomise_norms
 
 
 def backbone(name: str, **settings: object) -> nn.Module:

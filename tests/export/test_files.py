@@ -4,17 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cells import backbone, detector, pyramid
+from conftest import relative_error
 from numpy.typing import NDArray
 
 from backbone.export import ExportMismatchError, check_file, export_model, read_metadata
-from conftest import relative_error
-from cells import backbone, detector, pyramid
 
 onnx = pytest.importorskip("onnx", reason="pip install 'backbone[export]'")
 pytest.importorskip("onnxscript", reason="pip install 'backbone[export]'")
@@ -184,3 +185,44 @@ else:
 def test_the_models_modules_and_mode_stay_as_they_are(network: torch.nn.Module, file: Path) -> None:
     assert not network.training
     assert all(type(module).__name__ != "BatchNorm2d" for module in network.modules())
+
+
+def test_openvino_reads_its_own_file_with_its_weights_beside_it(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="pip install 'backbone[export]'")
+    model = backbone("resnet18", out_features=("c3",)).eval()
+    export_model(model, tmp_path / "model.xml", to="openvino", image_size=(64, 96), dtype="float32")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    assert str(tmp_path).encode() not in (tmp_path / "model.xml").read_bytes()
+    images = torch.rand(3, 3, 64, 96)
+    compiled = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.no_grad():
+        expected = model(images)["c3"]
+    assert relative_error(torch.from_numpy(compiled({"images": images.numpy()})["c3"]), expected) < 1e-5
+    assert json.loads(read_metadata(tmp_path / "model.xml")["image_size"]) == [64, 96]
+
+
+def test_a_torch_export_file_runs_in_a_process_without_this_package(tmp_path: Path) -> None:
+    model = backbone("resnet18", out_features=("c2",)).eval()
+    file = tmp_path / "model.pt2"
+    export_model(model, file, to="torch-export")
+    images = torch.rand(1, 3, 70, 90)
+    with torch.no_grad():
+        torch.save({"images": images, "c2": model(images)["c2"]}, tmp_path / "expected.pt")
+    code = f"""
+import sys, torch
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+c2 = torch.export.load({str(file)!r}).module()(expected["images"])["c2"]
+assert (c2 - expected["c2"]).abs().max() < 1e-4 * expected["c2"].abs().max()
+assert "backbone" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
+    with zipfile.ZipFile(file) as archive:
+        content = b"".join(map(archive.read, archive.namelist()))
+    for path in (str(Path(torch.__file__).parent), str(Path.cwd()), str(tmp_path)):
+        assert path.encode() not in content
+
+
+def test_a_detector_for_a_runtime_without_its_operators_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use onnx or openvino, or export the backbone"):
+        export_model(detector("retinanet"), tmp_path / "model.pt2", to="torch-export")
+    assert list(tmp_path.iterdir()) == []

@@ -4,9 +4,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from conftest import build
 
 from backbone.export import MissingExtraError, export_model
-from conftest import build
 
 BAD = {
     "an unknown target": ({"to": "onxn"}, "model.onnx", "did you mean 'onnx'"),
