@@ -5,19 +5,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from backbone.config import BackboneConfig, explain, load_config, read_yaml
-from backbone.export.request import DEFAULT_OPSET, DType, Target
-from backbone.pyramid import FeaturePyramid
 from backbone.recipe import DetectorConfig, ExtraLevels
 
-_RECIPE = "recipe.yaml"
-_CHECKPOINT = "last.ckpt"
+if TYPE_CHECKING:  # exporters load torchvision's detectors, which takes a second
+    from backbone.export.request import DType, Target
+
+_RECIPE: Final = "recipe.yaml"
+_CHECKPOINT: Final = "last.ckpt"
+_OPSET: Final = 18
 
 
 class TargetName(StrEnum):
@@ -54,7 +56,7 @@ def export_command(
         bool, typer.Option("--dynamic-batch", help="Any number of images, as without --batch.")
     ] = False,
     dtype: Annotated[DTypeName, typer.Option(help="What the network computes in.")] = DTypeName.FLOAT32,
-    opset: Annotated[int, typer.Option(help="Of ONNX.")] = DEFAULT_OPSET,
+    opset: Annotated[int, typer.Option(help="Of ONNX.")] = _OPSET,
     weights: Annotated[str | None, typer.Option(help="Weights name or checkpoint; overrides the recipe's.")] = None,
     pyramid: Annotated[
         ExtraLevels | None, typer.Option(help="Put a pyramid on a backbone, with these levels above p5.")
@@ -128,10 +130,10 @@ def _export(
     report = export_model(
         network,
         out,
-        cast(Target, to.value),
+        cast("Target", to.value),
         image_size=image_size,
         batch=batch,
-        dtype=cast(DType, dtype.value),
+        dtype=cast("DType", dtype.value),
         opset=opset,
         with_preprocessing=with_preprocessing,
         class_names=class_names,
@@ -171,6 +173,7 @@ def load_model(
         FileNotFoundError: If a file is missing.
     """
     from backbone.builder import build_backbone
+    from backbone.pyramid import FeaturePyramid
 
     path = Path(source)
     if path.is_dir():

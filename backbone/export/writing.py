@@ -103,6 +103,8 @@ def export_model(
         MissingExtraError: (a ModuleNotFoundError) If a library is missing: ``pip install 'backbone[export]'``.
         OSError: If the file cannot be written. A file that was there is as it was.
     """
+    if (dtype == "int8") != bool(calibration):
+        raise ValueError("dtype int8 needs calibration images, and only int8 does; give both or neither")
     request = Request(
         Path(path),
         to,
@@ -114,8 +116,6 @@ def export_model(
         class_names,
         Path(triton) if triton is not None else None,
     )
-    if (dtype == "int8") != bool(calibration):
-        raise ValueError("dtype int8 needs calibration images, and only int8 does; give both or neither")
     network = understand(model, request)
     traced = trace(network, request)
     checked = checking.cases(network, traced, request)
