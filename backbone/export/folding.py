@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from typing import TypeGuard
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,8 @@ def fold_norms(program: ExportedProgram) -> int:
 
 
 def _fold(program: ExportedProgram, norm: Node, names: dict[str, str], uses: "Counter[str]") -> bool:
-    conv, *constants = norm.args[:5]
-    eps = norm.args[7]
+    conv, *constants = cast("list[Any]", list(norm.args[:5]))
+    eps = cast(float, norm.args[7])
     if not _is_convolution(conv) or len(conv.users) != 1 or not all(isinstance(node, Node) for node in constants):
         return False
     weight_node, bias_node = conv.args[1], conv.args[2] if len(conv.args) > 2 else None  # noqa: PLR2004
@@ -79,21 +79,18 @@ def _fold(program: ExportedProgram, norm: Node, names: dict[str, str], uses: "Co
     if any(not isinstance(node, Node) or uses.get(names.get(node.name, ""), 0) != 1 for node in own):
         return False  # shared with another layer, such as a head's among the levels
     state = program.state_dict
-    weight, scale, shift, mean, variance = (
-        state[names[node.name]].double()  # type: ignore[union-attr]
-        for node in (weight_node, *constants)
-    )
-    bias = 0.0 if bias_node is None else state[names[bias_node.name]].double()  # type: ignore[union-attr]
-    scale = scale * torch.rsqrt(variance + float(eps))  # type: ignore[arg-type]
-    _replace(state, names[weight_node.name], weight * scale.view(-1, *(1,) * (weight.ndim - 1)))  # type: ignore[union-attr]
-    _replace(state, names[constants[1].name], (bias - mean) * scale + shift)  # type: ignore[union-attr]
+    weight, scale, shift, mean, variance = (state[names[node.name]].double() for node in (weight_node, *constants))
+    bias = 0.0 if bias_node is None else state[names[bias_node.name]].double()
+    scale = scale * torch.rsqrt(variance + eps)
+    _replace(state, names[weight_node.name], weight * scale.view(-1, *(1,) * (weight.ndim - 1)))
+    _replace(state, names[constants[1].name], (bias - mean) * scale + shift)
     conv.args = (conv.args[0], weight_node, constants[1], *conv.args[3:])
     norm.replace_all_uses_with(conv)
     program.graph.erase_node(norm)
     return True
 
 
-def _is_convolution(node: object) -> TypeGuard[Node]:
+def _is_convolution(node: object) -> bool:
     return (
         isinstance(node, Node)
         and node.target

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import torch
-from onnxscript import FLOAT, script
-from onnxscript import opset18 as op
+from onnxscript import FLOAT, opset18, script
 
 from backbone.export.detection.operators import NOTHING
 
 Value: TypeAlias = Any
 """A value of the graph under construction."""
 
+op: Final[Any] = opset18  # typed for what it computes itself, and here it writes down
 _BOOL: Final = 9  # of TensorProto
 
 
@@ -84,7 +84,7 @@ def find_keypoints(heatmaps: Value, boxes: Value) -> Value:
     return keypoints, op.Gather(found, op.Constant(value_int=3), axis=2)
 
 
-@script(default_opset=op)
+@script(default_opset=op)  # type: ignore[untyped-decorator, unused-ignore]
 def _find_peaks(heatmaps: FLOAT[...], boxes: FLOAT[...]) -> FLOAT[...]:
     """Each box's heat maps (J, S, S) are resized to its size in pixels: (x, y, 1, score) of their peaks (R, J, 4)."""
     corner = op.Slice(boxes, [0], [2], [1])

@@ -42,7 +42,7 @@ def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, ove
     """
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for image in range(boxes.shape[0]):
-        for group in groups[image].unique():
+        for group in set(groups[image].tolist()):
             (members,) = torch.where((groups[image] == group) & (scores[image] >= 0))
             keep[image, members[nms(boxes[image, members], scores[image, members], overlap)]] = True
     return keep

@@ -103,7 +103,7 @@ class TwoStageCore(nn.Module):
     def _masks(self, maps: Mapping[str, Tensor], found: Detections, pool: _Pooler) -> Tensor:
         logits = self.roi_heads.mask_predictor(self.roi_heads.mask_head(pool(maps, found.boxes)))
         labels = found.labels.reshape(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])
-        masks = logits.gather(1, labels).sigmoid()
+        masks: Tensor = logits.gather(1, labels).sigmoid()
         return masks.reshape(found.labels.shape[0], found.labels.shape[1], *logits.shape[2:])
 
     def _keypoints(self, maps: Mapping[str, Tensor], found: Detections, pool: _Pooler) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,9 @@ def _level_proposals(
 ) -> tuple[Tensor, Tensor]:
     """Objectness (N, A, H, W) and codes (N, 4 A, H, W) of a level -> its best boxes (N, k, 4) and scores (N, k)."""
     num_images, num_anchors = objectness.shape[0], objectness.shape[1]
-    codes = codes.unflatten(1, (num_anchors, 4)).permute(0, 3, 4, 1, 2).reshape(num_images, -1, 4)
+    codes = (
+        codes.reshape(num_images, num_anchors, 4, *codes.shape[2:]).permute(0, 3, 4, 1, 2).reshape(num_images, -1, 4)
+    )
     scores, best = select_best(objectness.permute(0, 2, 3, 1).flatten(1), rpn.pre_nms_top_n())
     boxes = clip(decode(rpn.box_coder, gather_rows(codes, best), anchors[best]), image_size)
     is_any = has_sides_of(boxes, rpn.min_size) & (scores > NOTHING / 2)

@@ -10,19 +10,19 @@ from backbone.export.detection.operators import select_best, suppress
 
 
 class Detections(NamedTuple):
-    """A fixed number D of detections for each of N images, best first; zeros after the first ``count``.
+    """A fixed number D of detections for each of N images, best first; zeros after the first ``num_found``.
 
     Attributes:
         boxes: (N, D, 4), corners in pixels.
         scores: (N, D).
         labels: (N, D), int64.
-        count: (N,), int64.
+        num_found: (N,), int64.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    count: Tensor
+    num_found: Tensor
 
 
 def decode(coder: BoxCoder, codes: Tensor, priors: Tensor) -> Tensor:
