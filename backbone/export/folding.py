@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,9 @@ def fold_norms(program: ExportedProgram) -> int:
 
 
 def _fold(program: ExportedProgram, norm: Node, names: dict[str, str], uses: "Counter[str]") -> bool:
-    conv, *constants = cast("list[Any]", list(norm.args[:5]))
-    eps = cast(float, norm.args[7])
+    arguments: tuple[Any, ...] = norm.args
+    conv, *constants = arguments[:5]
+    eps: float = arguments[7]
     if not _is_convolution(conv) or len(conv.users) != 1 or not all(isinstance(node, Node) for node in constants):
         return False
     weight_node, bias_node = conv.args[1], conv.args[2] if len(conv.args) > 2 else None  # noqa: PLR2004
@@ -91,16 +92,8 @@ def _fold(program: ExportedProgram, norm: Node, names: dict[str, str], uses: "Co
 
 
 def _is_convolution(node: object) -> bool:
-    return (
-        isinstance(node, Node)
-        and node.target
-        in (
-            torch.ops.aten.conv2d.default,
-            torch.ops.aten.conv2d.padding,
-            torch.ops.aten.convolution.default,
-        )
-        and (node.target is not torch.ops.aten.convolution.default or not node.args[6])
-    )
+    kinds = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+    return isinstance(node, Node) and node.target in kinds
 
 
 def _replace(state: dict[str, Tensor], name: str, value: Tensor) -> None:
