@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from backbone.norm import FrozenBatchNorm2d
+from backbone.norm import FrozenBatchNorm2d, is_frozen_form
 
 
 def for_export(model: nn.Module) -> nn.Module:
@@ -31,10 +31,10 @@ def _with_batch_norms(module: nn.Module) -> nn.Module:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Whether ``module`` is a frozen batch norm: ours, or torchvision's or detectron2's of the same name."""
-    named = type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
-    ours = isinstance(module, FrozenBatchNorm2d)
-    return (ours or (named and not list(module.children()))) and getattr(module, "running_var", None) is not None
+    """Whether ``module`` is a frozen batch norm of known code: ours, torchvision's or detectron2's, without hooks."""
+    theirs = type(module).__name__ == "FrozenBatchNorm2d" and not isinstance(module, FrozenBatchNorm2d)
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return (is_frozen_form(module) or theirs) and not hooked and getattr(module, "running_var", None) is not None
 
 
 def _as_batch_norm(frozen: nn.Module) -> nn.Module:
