@@ -85,7 +85,7 @@ def find_keypoints(heatmaps: Value, boxes: Value) -> Value:
 
 
 @script(default_opset=op)  # type: ignore[untyped-decorator, unused-ignore]
-def _find_peaks(heatmaps: FLOAT[...], boxes: FLOAT[...]) -> FLOAT[...]:
+def _find_peaks(heatmaps: FLOAT[...], boxes: FLOAT[...]) -> FLOAT[...]:  # type: ignore[type-arg, misc, unused-ignore]
     """Each box's heat maps (J, S, S) are resized to its size in pixels: (x, y, 1, score) of their peaks (R, J, 4)."""
     corner = op.Slice(boxes, [0], [2], [1])
     size = op.Max(op.Sub(op.Slice(boxes, [2], [4], [1]), corner), 1.0)
@@ -108,7 +108,7 @@ def _find_peaks(heatmaps: FLOAT[...], boxes: FLOAT[...]) -> FLOAT[...]:
         position = op.Add(op.Mul(op.Add(op.Cast(place, to=1), 0.5), scale), op.Gather(corner, row))
         joints = op.Concat(position, op.Expand(1.0, op.Shape(best)), best, axis=1)
         found = op.ScatterND(found, op.Reshape(index, [1, 1]), op.Unsqueeze(joints, [0]))
-    return found
+    return found  # type: ignore[no-any-return, unused-ignore]
 
 
 def _zeros(*shape: int) -> Any:  # noqa: ANN401 - a TensorProto
