@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, cast
+from typing import Annotated, Final
 
 import typer
 from pydantic import ValidationError
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from backbone.config import BackboneConfig, explain, load_config, read_yaml
 from backbone.recipe import DetectorConfig, ExtraLevels
-
-if TYPE_CHECKING:  # exporters load torchvision's detectors, which takes a second
-    from backbone.export.request import DType, Target
 
 _RECIPE: Final = "recipe.yaml"
 _CHECKPOINT: Final = "last.ckpt"
@@ -76,12 +73,14 @@ def export_command(
 ) -> None:
     """Write a backbone, detector or segmenter as a file for another runtime, checked before it is kept."""
     with _readable_errors():
+        _require_one(image_size, dynamic, "--image-size and --dynamic")
+        _require_one(batch, dynamic_batch, "--batch and --dynamic-batch")
         _export(
             model,
             to,
             out,
-            image_size if not dynamic else _only(image_size, "--image-size and --dynamic"),
-            batch if not dynamic_batch else _only(batch, "--batch and --dynamic-batch"),
+            image_size,
+            batch,
             dtype,
             opset,
             weights,
@@ -93,9 +92,9 @@ def export_command(
         )
 
 
-def _only(value: object, names: str) -> None:
+def _require_one(fixed: object, is_free: bool, names: str) -> None:
     """Refuse a fixed value beside the option that says any."""
-    if value is not None:
+    if fixed is not None and is_free:
         raise ValueError(f"{names} say opposite things; keep one")
 
 
@@ -130,10 +129,10 @@ def _export(
     report = export_model(
         network,
         out,
-        cast("Target", to.value),
+        to.value,
         image_size=image_size,
         batch=batch,
-        dtype=cast("DType", dtype.value),
+        dtype=dtype.value,
         opset=opset,
         with_preprocessing=with_preprocessing,
         class_names=class_names,

@@ -66,8 +66,12 @@ class Difference(NamedTuple):
 
     def larger(self, other: "Difference") -> "Difference":
         """Return the larger of each difference, and the sum of detections."""
-        numbers = map(max, self[:3], other[:3])
-        return Difference(*numbers, self.num_detections + other.num_detections)
+        return Difference(
+            max(self.features, other.features),
+            max(self.boxes, other.boxes),
+            max(self.scores, other.scores),
+            self.num_detections + other.num_detections,
+        )
 
 
 def cases(network: Network, traced: Traced, request: Request) -> list[Case]:

@@ -75,7 +75,7 @@ def _with_front(model: Any, network: Network, request: Request) -> Any:  # noqa:
 
     assert network.detector is not None
     front = front_graph(
-        network.detector.transform,  # type: ignore[arg-type]
+        network.detector.transform,
         network.channels,
         takes_bytes=network.takes_bytes,
         opset=model.opset_import[0].version,

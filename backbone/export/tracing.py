@@ -63,7 +63,7 @@ def example_images(network: Network, request: Request) -> Tensor:
         divisor = int(network.detector.transform.size_divisible)  # type: ignore[union-attr, arg-type]
         from backbone.export.detection.front import resized_size
 
-        shape = resized_size(network.detector.transform, height, width)  # type: ignore[arg-type]
+        shape = resized_size(network.detector.transform, height, width)
         height, width = (-(-side // divisor) * divisor for side in shape)
         dtype = torch.float32
     return torch.zeros(request.batch or 2, network.channels, height, width, dtype=dtype)

@@ -29,8 +29,12 @@ def write_entry(repository: Path, file: Path, network: Network, request: Request
             write_atomically(target, lambda draft, source=source: shutil.copyfile(source, draft))  # type: ignore[misc]
     config = entry / "config.pbtxt"
     text = configuration(file.stem, backend, network, request)
-    write_atomically(config, lambda draft: draft.write_text(text) and None)
+    write_atomically(config, lambda draft: _write_text(draft, text))
     return config
+
+
+def _write_text(draft: Path, text: str) -> None:
+    draft.write_text(text)
 
 
 def configuration(name: str, backend: str, network: Network, request: Request) -> str:

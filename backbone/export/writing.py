@@ -108,7 +108,7 @@ def export_model(
     request = Request(
         Path(path),
         to,
-        tuple(image_size) if image_size is not None else None,
+        image_size,
         batch,
         dtype,
         opset,
