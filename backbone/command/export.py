@@ -1,17 +1,15 @@
 """``backbone export``: from a name, a recipe or a training run to a file that serves."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from backbone.config import BackboneConfig, explain, load_config, read_yaml
+from backbone.command.terminal import readable_errors
+from backbone.config import BackboneConfig, load_config, read_yaml
 from backbone.recipe import DetectorConfig, ExtraLevels
 
 _RECIPE: Final = "recipe.yaml"
@@ -72,7 +70,7 @@ def export_command(
     ] = None,
 ) -> None:
     """Write a backbone, detector or segmenter as a file for another runtime, checked before it is kept."""
-    with _readable_errors():
+    with readable_errors():
         _require_one(image_size, dynamic, "--image-size and --dynamic")
         _require_one(batch, dynamic_batch, "--batch and --dynamic-batch")
         _export(
@@ -140,21 +138,6 @@ def _export(
         triton=triton,
     )
     print(report)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line and exit code 2."""
-    try:
-        yield
-    except ValidationError as error:
-        message = "; ".join(explain(error))
-    except (ValueError, OSError, ImportError) as error:
-        message = str(error)
-    else:
-        return
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
 
 
 def load_model(
@@ -229,7 +212,8 @@ def _photos(folder: Path, size: tuple[int, int] | None, network: nn.Module, *, a
     import numpy as np
     import torch
 
-    from backbone.command.extraction import find_images, read_image
+    from backbone.command.extraction import read_image
+    from backbone.command.photos import find_images
     from backbone.export.network import Prepare, preprocessing_of
     from backbone.features import Preprocessing
 
