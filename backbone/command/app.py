@@ -11,6 +11,7 @@ from backbone.command.compare import compare_command
 from backbone.command.convert import convert_command
 from backbone.command.describe import describe_command
 from backbone.command.evaluate import evaluate_command
+from backbone.command.export import export_command
 from backbone.command.extract import extract_command
 from backbone.command.inspect import inspect_command
 from backbone.command.list import list_command
@@ -25,6 +26,7 @@ app.command("extract")(extract_command)
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
 app.command("check-data")(check_data_command)
+app.command("export")(export_command)
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("predict")(predict_command)

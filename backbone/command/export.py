@@ -1,0 +1,228 @@
+"""``backbone export``: from a name, a recipe or a training run to a file that serves."""
+
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from torch import Tensor, nn
+
+from backbone.command.terminal import readable_errors
+from backbone.config import BackboneConfig, load_config, read_yaml
+from backbone.recipe import DetectorConfig, ExtraLevels
+
+_RECIPE: Final = "recipe.yaml"
+_CHECKPOINT: Final = "last.ckpt"
+_OPSET: Final = 18
+
+
+class TargetName(StrEnum):
+    """Runtime the file is for."""
+
+    ONNX = "onnx"
+    OPENVINO = "openvino"
+    AOTI = "aoti"
+    TORCH_EXPORT = "torch-export"
+    EXECUTORCH = "executorch"
+
+
+class DTypeName(StrEnum):
+    """What the network computes in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
+def export_command(
+    model: Annotated[
+        str | None, typer.Argument(metavar="NAME|CONFIG|RUN_FOLDER", help="Backbone, recipe (YAML) or training run.")
+    ] = None,
+    to: Annotated[TargetName, typer.Option(help="Runtime the file is for.")] = TargetName.ONNX,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write.")] = None,
+    image_size: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Image height and width in pixels.")
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Any image size, as without --image-size.")] = False,
+    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time.")] = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Any number of images, as without --batch.")
+    ] = False,
+    dtype: Annotated[DTypeName, typer.Option(help="What the network computes in.")] = DTypeName.FLOAT32,
+    opset: Annotated[int, typer.Option(help="Of ONNX.")] = _OPSET,
+    weights: Annotated[str | None, typer.Option(help="Weights name or checkpoint; overrides the recipe's.")] = None,
+    pyramid: Annotated[
+        ExtraLevels | None, typer.Option(help="Put a pyramid on a backbone, with these levels above p5.")
+    ] = None,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="Take uint8 RGB images and prepare them in the file.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Photos to find int8's scales with.")
+    ] = None,
+    triton: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Triton model repository to write an entry into.")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare an exported file with what it was exported from.")
+    ] = None,
+) -> None:
+    """Write a backbone, detector or segmenter as a file for another runtime, checked before it is kept."""
+    with readable_errors():
+        _require_one(image_size, dynamic, "--image-size and --dynamic")
+        _require_one(batch, dynamic_batch, "--batch and --dynamic-batch")
+        _export(
+            model,
+            to,
+            out,
+            image_size,
+            batch,
+            dtype,
+            opset,
+            weights,
+            pyramid,
+            with_preprocessing,
+            calibration,
+            triton,
+            check,
+        )
+
+
+def _require_one(fixed: object, is_free: bool, names: str) -> None:
+    """Refuse a fixed value beside the option that says any."""
+    if fixed is not None and is_free:
+        raise ValueError(f"{names} say opposite things; keep one")
+
+
+def _export(
+    model: str | None,
+    to: TargetName,
+    out: Path | None,
+    image_size: tuple[int, int] | None,
+    batch: int | None,
+    dtype: DTypeName,
+    opset: int,
+    weights: str | None,
+    pyramid: ExtraLevels | None,
+    with_preprocessing: bool,
+    calibration: Path | None,
+    triton: Path | None,
+    check: Path | None,
+) -> None:
+    from backbone.export import check_file, export_model
+
+    if check is not None:
+        if model is not None or out is not None:
+            raise ValueError("--check takes one file and exports nothing; leave the model and --out out")
+        print(check_file(check))
+        return
+    if model is None or out is None:
+        raise ValueError("give what to export and --out FILE, or --check FILE")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*frozen at random weights")
+        network, class_names = load_model(model, weights, pyramid)
+    photos = _photos(calibration, image_size, network, as_bytes=with_preprocessing) if calibration else []
+    report = export_model(
+        network,
+        out,
+        to.value,
+        image_size=image_size,
+        batch=batch,
+        dtype=dtype.value,
+        opset=opset,
+        with_preprocessing=with_preprocessing,
+        class_names=class_names,
+        calibration=photos,
+        triton=triton,
+    )
+    print(report)
+
+
+def load_model(
+    source: str, weights: str | None = None, pyramid: ExtraLevels | None = None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the model that a name, a recipe or a training run describes, and its class names as far as known.
+
+    Args:
+        source: Registered name, YAML file of a backbone or a detector, or the folder of a training run.
+        weights: Of the backbone, in place of the recipe's.
+        pyramid: Levels above the backbone's of a pyramid to put on a backbone; None for no pyramid.
+
+    Raises:
+        ValueError: If it is none of these, or a setting cannot be honoured.
+        FileNotFoundError: If a file is missing.
+    """
+    from backbone.builder import build_backbone
+    from backbone.pyramid import FeaturePyramid
+
+    path = Path(source)
+    if path.is_dir():
+        if weights is not None or pyramid is not None:
+            raise ValueError("a training run has its own weights and pyramid; leave --weights and --pyramid out")
+        return _load_run(path)
+    is_file = path.suffix in (".yaml", ".yml")
+    if is_file and _is_detector(path):
+        if pyramid is not None:
+            raise ValueError("a detector's recipe says its pyramid itself; leave --pyramid out")
+        return _build_detector(read_yaml(path, DetectorConfig), weights), ()
+    config = load_config(path) if is_file else BackboneConfig(name=source)
+    config = config if weights is None else config.model_copy(update={"weights": weights})
+    model = build_backbone(config)
+    return (model if pyramid is None else FeaturePyramid(model, extra_levels=pyramid)), ()
+
+
+def _is_detector(path: Path) -> bool:
+    """Whether a recipe names a detector; what is wrong with it is for its own reader to say."""
+    if not path.is_file():
+        return False
+    return any(line.startswith("detector:") for line in path.read_text(errors="replace").splitlines())
+
+
+def _build_detector(config: DetectorConfig, weights: str | None) -> nn.Module:
+    from backbone.hosts.torchvision import build_detector
+
+    if weights is not None:
+        backbone = config.backbone.model_copy(update={"weights": weights})
+        config = config.model_copy(update={"backbone": backbone})
+    return build_detector(config)
+
+
+def _load_run(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the detector of a run's last finished epoch."""
+    from backbone.training.callbacks import load_checkpoint
+
+    for needed in (_RECIPE, _CHECKPOINT):
+        if not (folder / needed).is_file():
+            raise FileNotFoundError(f"a training run's folder must hold {needed}, got {folder}; check the path")
+    config = read_yaml(folder / _RECIPE, DetectorConfig)
+    config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": None})})
+    detector = _build_detector(config, None)
+    state: dict[str, Tensor] = load_checkpoint(folder / _CHECKPOINT)["state_dict"]
+    prefix = "detector."
+    detector.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    )
+    return detector, ()
+
+
+def _photos(folder: Path, size: tuple[int, int] | None, network: nn.Module, *, as_bytes: bool) -> list[Tensor]:
+    """Read calibration photos as the file will take images."""
+    import numpy as np
+    import torch
+
+    from backbone.command.extraction import read_image
+    from backbone.command.photos import find_images
+    from backbone.export.network import Prepare, preprocessing_of
+    from backbone.features import Preprocessing
+
+    prepare = Prepare(preprocessing_of(network) or Preprocessing(), 3, None)
+    batches = []
+    for photo in find_images([folder]):
+        image = read_image(photo, shorter_side=None if size else 256)
+        if size is not None:
+            image = image.resize((size[1], size[0]))
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
+        batches.append(pixels if as_bytes else prepare(pixels))
+    return batches

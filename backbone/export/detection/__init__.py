@@ -1,0 +1,1 @@
+"""Whole detectors: what depends on the data is an operator of fixed shape, which ONNX has too."""

@@ -1,0 +1,52 @@
+"""OpenVINO IR: the ONNX graph read by OpenVINO, its weights in a ``.bin`` beside the ``.xml``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def write(model: Any, draft: Path, metadata: Mapping[str, str], *, half_weights: bool) -> None:  # noqa: ANN401
+    """Convert the ModelProto and write ``draft`` and, beside it, its weights.
+
+    Args:
+        model: An ONNX ModelProto.
+        draft: The ``.xml``.
+        metadata: For the file's runtime information, under ``backbone``.
+        half_weights: Whether weights are kept in float16; what they are computed in is the runtime's choice.
+    """
+    import openvino
+
+    converted = openvino.Core().read_model(model.SerializeToString())
+    for key, value in metadata.items():
+        converted.set_rt_info(value, ["backbone", key])
+    openvino.save_model(converted, draft, compress_to_fp16=half_weights)
+
+
+class Runner:
+    """An IR in OpenVINO's CPU plugin.
+
+    Args:
+        file: The ``.xml``.
+    """
+
+    def __init__(self, file: Path) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(file)
+        self.metadata: dict[str, str] = {}
+        if model.has_rt_info("backbone"):
+            entries = model.get_rt_info("backbone").value
+            self.metadata = {str(key): str(getattr(value, "value", value)) for key, value in entries.items()}
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self._compiled = core.compile_model(model, "CPU", settings)  # by default a CPU with AMX computes in bfloat16
+
+    def __call__(self, images: NDArray[Any]) -> Arrays:
+        """Images (N, C, H, W) -> outputs by name."""
+        outputs = self._compiled({"images": images})
+        return {output.get_any_name(): outputs[output].copy() for output in self._compiled.outputs}
