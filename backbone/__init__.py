@@ -21,6 +21,7 @@ from backbone.pretrained import from_pretrained, save_pretrained
 from backbone.recipe import DetectorConfig, load_detector_config
 from backbone.registry import UnknownBackboneError, list_backbones, register_backbone
 from backbone.weights import LoadReport, convert_weights, inspect_weights, load_weights
+from backbone.weights.published import PublishedWeights, list_weights
 
 if TYPE_CHECKING:
     from backbone.pyramid import FeaturePyramid
@@ -39,6 +40,7 @@ __all__ = [
     "FrozenBatchNorm2d",
     "LoadReport",
     "Preprocessing",
+    "PublishedWeights",
     "SettingsError",
     "StageReport",
     "UnknownBackboneError",
@@ -54,6 +56,7 @@ __all__ = [
     "from_pretrained",
     "inspect_weights",
     "list_backbones",
+    "list_weights",
     "load_config",
     "load_detector_config",
     "load_weights",

@@ -12,11 +12,11 @@ from backbone.builder import build_backbone
 from backbone.command.description import describe
 from backbone.command.detector_description import describe_detector
 from backbone.command.live_memory import peak_memory
-from backbone.command.published import published_weights
 from backbone.command.timing import quartiles, time_rounds
 from backbone.config import BackboneConfig
 from backbone.inference.optimize import optimize_for_inference
 from backbone.recipe import DetectorConfig, DetectorName
+from backbone.weights.published import list_weights
 
 MEGABYTE = 1e6
 
@@ -115,7 +115,7 @@ class Candidate:
 
     def compared(self, plain: Sequence[float], optimized: Sequence[float]) -> Compared:
         """Return all that is known, now that it was timed."""
-        published = {each.name: each.accuracy for each in published_weights(self.config.name)}
+        published = {each.name: each.accuracy for each in list_weights(self.config.name)}
         weights = self.config.weights or next(iter(published), None)
         weights = weights if weights in published else None
         latencies = Latency.of(plain), Latency.of(optimized)

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from backbone.command.description import Description, describe
 from backbone.command.detector_description import DetectorDescription, describe_detector
-from backbone.command.published import PublishedWeights, published_weights
 from backbone.command.terminal import build_quietly, console, readable_errors
 from backbone.config import BackboneConfig
 from backbone.features import Backbone
@@ -18,6 +17,7 @@ from backbone.recipe import DetectorConfig
 from backbone.registry import UnknownBackboneError, find_constructor
 from backbone.shipped import YAML_SUFFIXES, load_recipe, shipped_recipes
 from backbone.weights import load_weights
+from backbone.weights.published import PublishedWeights, list_weights
 
 IMAGENET_SIZE = (224, 224)
 
@@ -52,7 +52,7 @@ def describe_command(
             model = _without_weights(settings, recipe, on="cpu")
             chosen = settings.stem_channels_from
             report = load_weights(model, weights, name=settings.name, stem_channels_from=chosen)
-        published = published_weights(settings.name)
+        published = list_weights(settings.name)
     title = settings.name if detector is None else f"{backbone}: {config.detector} on {settings.name}"  # type: ignore[union-attr]
     _print_description(title, image_size, description, detector)
     _print_weights(published)

@@ -14,7 +14,6 @@ from torch import nn
 
 from backbone.command.extraction import extract_features, read_image, resize_image
 from backbone.command.photos import name_results, refuse_overwriting
-from backbone.command.published import published_weights
 from backbone.command.results import Format, describe_features, save_results
 from backbone.command.terminal import (
     Device,
@@ -33,6 +32,7 @@ from backbone.features import Backbone
 from backbone.inference.optimize import optimize_for_inference
 from backbone.recipe import DetectorConfig
 from backbone.shipped import find_recipe, load_recipe
+from backbone.weights.published import list_weights
 
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # torch's are RuntimeErrors
 
@@ -108,7 +108,7 @@ def _settings(config: Path | None, name: str | None, weights: str | None) -> Bac
 
 def _print_notes(settings: BackboneConfig, model: Backbone) -> None:
     if settings.weights is None:
-        published = published_weights(settings.name)
+        published = list_weights(settings.name)
         choice = published[0].name if published else "FILE"
         print_note(f"random weights (seed 0); for meaning, add --weights {choice}")
     elif isinstance(pyramid := getattr(model, "pyramid", None), nn.Module):

@@ -12,10 +12,10 @@ from backbone import BackboneConfig, build_backbone
 from backbone.command.app import app
 from backbone.command.description import describe, num_blocks
 from backbone.command.detector_description import describe_detector
-from backbone.command.published import published_weights
 from backbone.hosts.torchvision import build_detector
 from backbone.recipe import DetectorConfig
 from backbone.shipped import load_recipe
+from backbone.weights.published import list_weights
 
 BLOCKS = {
     "resnet50": [0, 3, 4, 6, 3],
@@ -106,15 +106,15 @@ def test_markup_in_a_name_is_printed_letter_by_letter(tmp_path: Path) -> None:
     assert str(file.name) in words(described(file).stdout)
 
 
-def test_published_weights_are_those_of_the_library_with_its_accuracies() -> None:
-    assert [(each.name, each.accuracy) for each in published_weights("resnet50")] == [
+def test_list_weights_are_those_of_the_library_with_its_accuracies() -> None:
+    assert [(each.name, each.accuracy) for each in list_weights("resnet50")] == [
         ("IMAGENET1K_V2", 80.858),
         ("IMAGENET1K_V1", 76.13),
     ]
-    assert published_weights("no_network") == ()
+    assert list_weights("no_network") == ()
     assert "weights: IMAGENET1K_V1 (69.8 % on ImageNet)" in described("resnet18").stdout
 
 
-def test_published_weights_of_timm_are_its_tags() -> None:
+def test_list_weights_of_timm_are_its_tags() -> None:
     pytest.importorskip("timm")
-    assert "a1_in1k" in [each.name for each in published_weights("timm/resnet50")]
+    assert "a1_in1k" in [each.name for each in list_weights("timm/resnet50")]

@@ -39,7 +39,7 @@ def detector(name: str, network: str = "resnet18") -> nn.Module:
     if name.endswith("rcnn"):
         settings["num_proposals"] = 200
     model = build_detector(DetectorConfig.model_validate(settings))
-    randomise_norms(model.backbone)
+    randomise_norms(model.backbone)  # type: ignore[arg-type]
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             _speak_up(key, parameter)

@@ -70,7 +70,7 @@ def test_a_norm_is_left_alone_where_its_convolution_serves_another_layer() -> No
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.alone(self.first(self.conv(x)) + self.second(self.conv(x)))
-            return self.used_twice(y) + y
+            return self.used_twice(y) + y  # type: ignore[no-any-return]
 
     model = Shared().eval()
     nn.init.uniform_(model.second.running_var, 2, 3)  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     model = detector("retinanet")
     with torch.no_grad():  # what is seen in black, and nothing of it, counts as nothing
         black, noise = (model([image])[0]["scores"].max() for image in (torch.zeros(3, 64, 64), torch.rand(3, 90, 150)))
-    model.score_thresh = float(black) + 1e-4
+    model.score_thresh = float(black) + 1e-4  # type: ignore[assignment]
     assert noise > model.score_thresh
     path = tmp_path_factory.mktemp("export") / "retinanet.onnx"
     report = export_model(model, path, to="onnx", with_preprocessing=True)

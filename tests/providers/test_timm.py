@@ -354,7 +354,7 @@ def test_weights_of_timm_are_loaded_by_timm(published: dict[str, torch.Tensor], 
         assert torch.equal(value, published[key.removeprefix("network.")])
 
 
-def test_published_weights_of_a_resnet_are_loaded_by_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_list_weights_of_a_resnet_are_loaded_by_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     state = publish("resnet18", monkeypatch, tmp_path)
     for key, value in build_timm("resnet18", norm="bn", weights="default").state_dict().items():
         assert torch.equal(value, state[key.removeprefix("network.")])
