@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo WEIGHTS=IMAGENET1K_V2
 WEIGHTS ?=
 
-.PHONY: demo train-demo test check bench format schema clean
+.PHONY: demo train-demo test test-plain test-oldest check bench format schema clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
@@ -47,7 +47,26 @@ train-demo: $(VENV)/train.stamp
 	$(BIN)/backbone train --config shapes_faster_rcnn --data out/shapes --out out/train-demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+	$(BIN)/pytest $(PYTEST)
+
+# What must hold whatever the engine and the version of torch: networks, norms, freezing, hosts' seams, inference copies.
+CORE := tests/providers/test_resnet.py tests/test_norm.py tests/test_freeze.py tests/test_freeze_seams.py \
+	tests/test_seams.py tests/test_pyramid.py tests/inference
+PYTEST := --numprocesses auto --dist worksteal
+
+# The law: without the engine nothing changes but the time.
+test-plain: $(VENV)/test.stamp
+	BACKBONE_ENGINE=0 $(BIN)/pytest $(PYTEST) -m "not engine" $(CORE)
+
+OLDEST := .venv-oldest
+$(OLDEST)/test.stamp: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[timm]' pytest pytest-xdist
+	touch $@
+
+# The oldest torch that is supported.
+test-oldest: $(OLDEST)/test.stamp
+	$(OLDEST)/bin/pytest $(PYTEST) $(CORE) tests/engine
 
 $(VENV)/bench.stamp: $(VENV)/core.stamp
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
@@ -77,4 +96,4 @@ schema: $(VENV)/core.stamp
 		print(s(DetectorConfig), end="")' > configs/detectors/schema.json
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(OLDEST) out build *.egg-info

@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str, str, str]] = {
         lambda: build_backbone("resnet18", norm="FrozenBN"),
         "norm must be",
         "got 'FrozenBN'",
-        "frozen_bn, bn, sync_bn",
+        "frozen_bn, bn_eval, bn, sync_bn",
     ),
     "output stride 4": (
         lambda: build_backbone("resnet18", output_stride=4),

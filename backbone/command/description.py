@@ -106,13 +106,14 @@ def _describe_stages(
         paths = backbone.stage_modules[name]
         convs = [m for m in modules.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
         shape = maps.get(name)
+        undilated = (1,) if report[name].parameters else ()
         stages.append(
             StageDescription(
                 name=name,
                 blocks=sum(num_blocks(module) for module in modules) if name != "stem" else 0,
                 channels=shape[1] if shape else None,
                 stride=strides[name] if shape else None,
-                dilations=tuple(dict.fromkeys(int(max(conv.dilation)) for conv in convs)) or (1,),
+                dilations=tuple(dict.fromkeys(int(max(conv.dilation)) for conv in convs)) or undilated,
                 size=(shape[2], shape[3]) if shape else None,
                 parameters=report[name].parameters,
                 multiply_adds=sum(_count(backbone.get_submodule(path), path, operations) for path in paths) // 2,

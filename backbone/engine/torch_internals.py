@@ -31,6 +31,7 @@ class Path:
         names: What it stands on, as dotted names below ``torch``.
         trial: Raises, or returns False, where these do not do what they should.
         needs_onednn: Whether it is silently off in a build of torch without oneDNN.
+        needs: Another path that it stands on.
         reason: Why it is off; None while it is on.
         found: The objects behind the names, by the last part of the name.
     """
@@ -38,6 +39,7 @@ class Path:
     names: tuple[str, ...]
     trial: Callable[[], bool]
     needs_onednn: bool = False
+    needs: "Path | None" = None
     reason: str | None = None
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -55,6 +57,9 @@ def _try(title: str, path: Path) -> None:
     """Resolve the names of ``path`` and run its trial; note the reason where either fails, and say it once."""
     if path.needs_onednn and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call] # as on a Mac: nothing is wrong
         path.reason = "this build of torch has no oneDNN"
+        return
+    if path.needs is not None and not path.needs.is_on:  # said already
+        path.reason = f"it needs what is off: {path.needs.reason}"
         return
     for name in path.names:
         try:
@@ -292,7 +297,7 @@ _told_apart = Path(
 _onednn = Path(
     ("ops.mkldnn._convolution_pointwise", "ops.mkldnn._convolution_pointwise_"), _onednn_convolves, needs_onednn=True
 )
-_packing = Path(("ops.mkldnn._reorder_convolution_weight",), _onednn_packs, needs_onednn=True)
+_packing = Path(("ops.mkldnn._reorder_convolution_weight",), _onednn_packs, needs_onednn=True, needs=_onednn)
 _linear = Path(("ops.mkldnn._linear_pointwise",), _onednn_multiplies, needs_onednn=True)
 _half = Path(
     ("ops.mkldnn._is_mkldnn_bf16_supported", "ops.mkldnn._is_mkldnn_fp16_supported"),

@@ -287,8 +287,9 @@ def test_unfreeze_encoder_promises_no_gradient_to_norms_that_are_built_frozen(mo
 def test_freezing_at_random_weights_warns_once_it_is_known(monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
     monkeypatch.setattr(smp.encoders, "encoders", dict(smp.encoders.encoders))
     host.register_encoder("mine", BackboneConfig(name="resnet18", norm="bn", freeze_at=2))
-    with pytest.warns(UserWarning, match="the first 2 stages are frozen at random weights"):
-        smp.Unet("mine", encoder_weights=None)
+    fresh = smp.Unet("mine", encoder_weights=None).train()
+    with pytest.warns(UserWarning, match="the first 2 stages are frozen"):
+        fresh(torch.randn(2, 3, 64, 64))
     encoder = smp.Unet("mine", encoder_weights=str(weights)).encoder  # warnings are errors here
     assert [report.frozen for report in freeze_report(encoder).values()] == [True, True, False, False, False]
 

@@ -151,7 +151,7 @@ def _plan(model: str, in_channels: int, output_stride: int, last_level: str, wit
     stages = [stage_of(names.get(index, "c1")) for index in kept]
     owners = _owners(network, traced, stages, info[first]["module"] if coarser else "")
     division = divide(network, owners, "stem")
-    _give_level_its_module(division, {name: info[index]["module"] for name, index in indices.items()})
+    _give_level_its_module(division, {name: info[index]["module"] for name, index in coarser.items()})
     drop(network, division.unused)
     return Plan(
         indices, specs, is_vit, size_multiple, only_size, kept, division, _lacking(complete, network.state_dict())
