@@ -182,6 +182,7 @@ def test_a_tool_that_replaces_torchs_own_functions_sees_them_called(
     assert len(calls) in (17, 20)  # ReLUs, convolutions
 
 
+@pytest.mark.engine
 @torch.no_grad()
 def test_a_function_mode_sees_every_convolution_and_a_default_device_does_not_slow() -> None:
     class Counting(torch.overrides.TorchFunctionMode):
@@ -453,6 +454,7 @@ def test_torchaos_quantised_linear_layers_run_plainly(first: str) -> None:
 # --- the switch -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engine
 @torch.no_grad()
 def test_the_switch_turns_everything_off_and_back() -> None:
     model = build("resnet18", norm="frozen_bn").eval()

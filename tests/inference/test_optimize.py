@@ -411,6 +411,7 @@ def test_images_may_stay_float_whatever_the_first_layer_is() -> None:
         assert {feature.dtype for feature in features.values()} == {torch.bfloat16}
 
 
+@pytest.mark.engine
 @torch.no_grad()
 def test_a_shape_that_comes_again_may_take_another_path_to_the_same_features() -> None:
     model = trained("resnet50", norm="frozen_bn").eval()
@@ -429,6 +430,7 @@ def test_a_shape_that_comes_again_may_take_another_path_to_the_same_features() -
     assert larger == (torch.Size((1, 256, 14, 16)), False)
 
 
+@pytest.mark.engine
 @torch.no_grad()
 def test_a_head_shared_between_levels_is_prepared_for_the_finest() -> None:
     head = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
