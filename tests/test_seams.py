@@ -257,6 +257,17 @@ def test_subclasses_with_a_forward_of_their_own_compute_it(name: str) -> None:
             assert all(relative_error(ours[level], expected[level]) <= 1e-4 for level in expected)
 
 
+@pytest.mark.parametrize("cls", [Bottleneck, FrozenBatchNorm2d])
+@torch.no_grad()
+def test_a_forward_replaced_on_a_class_is_called(cls: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("resnet50", norm="frozen_bn", out_features=["c2"]).eval()
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: -forward(self, x))
+    networks = [model, optimize_for_inference(model)] if cls is Bottleneck else [model]  # a copy holds no norm
+    for network in networks:
+        assert relative_error(network(IMAGES)["c2"], plain(model, IMAGES)["c2"]) <= 1e-5
+
+
 class DetrStyle(nn.Module):
     """A frozen norm of the same short name, with its eps inside."""
 
