@@ -26,6 +26,7 @@ class Prepared(NamedTuple):
         bias: The bias; both are held, so that no other tensor can take their place in memory.
         shape: What the layout depends on.
         values: Where weight and bias lie and how often they were written.
+        held: The memory they lie in, so that a new ``.data`` cannot come to lie there.
         size: Numbers in the input.
         packed: The weight in its kernel's layout, once the shape has come again.
         winograd: The convolution by fewer products, once it has come a third time, where that pays.
@@ -35,6 +36,7 @@ class Prepared(NamedTuple):
     bias: Tensor
     shape: object
     values: tuple[object, ...]
+    held: tuple[Tensor, ...]
     size: int
     packed: Tensor | None = None
     winograd: WinogradConv | None = None
@@ -139,7 +141,8 @@ class FoldedConv2d(nn.Conv2d):
             if kept is not None and x.numel() < kept.size and self._passed_over <= _PATIENCE:
                 return kept if weight is None else None
             packed = None if kept is None or weight is not None else pack(unpack(kept.packed), self.geometry, x)
-            kept = self._prepared = Prepared(weight, bias, shape, values, x.numel(), packed)
+            held = tuple(source.detach() for source in sources)
+            kept = self._prepared = Prepared(weight, bias, shape, values, held, x.numel(), packed)
             if x.device.type == "cpu" and self.keep_weight:
                 return None
         if self._passed_over:  # setting a module's attribute is slow
@@ -156,7 +159,9 @@ class FoldedConv2d(nn.Conv2d):
                 packed = pack(weight, self.geometry, x)
             is_enough = not self.keep_weight and packed.shape == weight.shape
             values = (kept.values[0], kept.values[-1]) if is_enough else kept.values
-            kept = kept._replace(packed=packed, weight=None if is_enough else weight, values=values)
+            kept = kept._replace(packed=packed, values=values)
+            if is_enough:
+                kept = kept._replace(weight=None, held=kept.held[-1:])
         elif self.keep_weight and suits(x, weight, self.geometry):
             kept = kept._replace(winograd=WinogradConv(weight, kept.bias, x))
         else:

@@ -105,6 +105,7 @@ EDITS: dict[str, Callable[[Any], object]] = {
     "in place": lambda conv: conv.weight.mul_(2),
     "of one channel of the bias": lambda conv: conv.bias[3].add_(1),
     "through a new parameter": lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight * 2)),
+    "through two new .data": lambda conv: [setattr(conv.weight, "data", conv.weight.data * 2) for _ in range(2)],
     "through a new .data": lambda conv: setattr(conv.weight, "data", conv.weight * 2),
 }
 
