@@ -508,6 +508,15 @@ def test_a_copy_without_plain_weights_is_about_as_large_as_the_model() -> None:
     assert all(relative_error(copied(IMAGES.double())[name], expected[name]) <= 1e-5 for name in expected)
 
 
+@torch.no_grad()
+def test_weights_that_need_no_layout_of_their_own_are_not_counted_twice() -> None:
+    fast = optimize_for_inference(build("resnet18", norm="frozen_bn").double())
+    before = engine_report().cached_bytes["prepared"]
+    for _ in range(3):
+        fast(IMAGES.double())
+    assert engine_report().cached_bytes["prepared"] == before
+
+
 def test_every_variant_of_the_family_has_torchvisions_children() -> None:
     for name in (name for name, row in FAMILY.items() if not row.deep_stem):  # torchvision has no ResNet-D
         with torch.device("meta"):

@@ -115,7 +115,8 @@ class FoldedConv2d(nn.Conv2d):
         prepared = self._prepared
         if prepared is None:
             return 0
-        tensors = (prepared.packed, None if prepared.winograd is None else prepared.winograd.weight)
+        packed = None if prepared.packed is prepared.weight else prepared.packed  # no kernel has a layout of its own
+        tensors = (packed, None if prepared.winograd is None else prepared.winograd.weight)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def _prepared_for(self, x: Tensor, weight: Tensor | None, bias: Tensor) -> Prepared | None:
