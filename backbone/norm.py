@@ -7,7 +7,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from backbone.bn_eval import EvalBatchNorm2d
+from backbone.bn_eval import EvalBatchNorm2d, uncounted
 from backbone.config import GN_GROUPS, NormName
 
 NormLayer = Callable[[int], nn.Module]
@@ -149,7 +149,7 @@ class FrozenBatchNorm2d(nn.Module):
         # Libraries whose own frozen norm does not count batches (torchvision, detectron2) leave the counter out.
         key = f"{prefix}num_batches_tracked"
         if key not in state_dict:
-            state_dict = {**state_dict, key: self.num_batches_tracked}
+            state_dict = {**state_dict, key: uncounted(self)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _replicate_for_data_parallel(self) -> Self:
