@@ -477,6 +477,14 @@ def test_the_switch_turns_everything_off_and_back() -> None:
     assert engine_report().cached_bytes["folded"] > size
 
 
+def test_a_switch_that_is_used_again_switches_again() -> None:
+    before, off = engine_report().enabled, engine_enabled(False)
+    for _ in range(2):
+        with off:
+            assert not engine_report().enabled
+        assert engine_report().enabled == before
+
+
 @torch.no_grad()
 def test_training_mode_and_another_dtype_drop_what_no_longer_serves() -> None:
     model = build("resnet18", norm="frozen_bn").eval()
