@@ -86,6 +86,9 @@ def optimize_for_inference(
     reparameterize(model)
     folded = sum(_fold_norms(module, keep_weights) for module in list(model.modules()))
     prepared = _prepare(model, keep_weights)
+    for module in model.modules():
+        if isinstance(module, FoldedConv2d):  # of an earlier optimisation, too
+            module.keep_weight = keep_weights
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.__class__ = QuickLinear

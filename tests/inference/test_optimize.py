@@ -148,6 +148,17 @@ def test_threads_on_a_copy_without_plain_weights_lose_none() -> None:
 
 @pytest.mark.parametrize("keep_weights", [True, False])
 @torch.no_grad()
+def test_a_copy_of_a_copy_keeps_the_weights_it_is_told_to(keep_weights: bool) -> None:
+    images = torch.randn(1, 3, 64, 64)
+    fast = optimize_for_inference(trained(), keep_weights=not keep_weights)
+    fast = optimize_for_inference(fast, keep_weights=keep_weights)
+    for _ in range(3):
+        fast(images)
+    assert ("conv1.weight" in dict(fast.named_parameters())) == keep_weights
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+@torch.no_grad()
 def test_a_used_copy_can_be_pruned(keep_weights: bool) -> None:
     model, images = trained(), torch.randn(1, 3, 64, 64)
     fast = optimize_for_inference(model, keep_weights=keep_weights)
