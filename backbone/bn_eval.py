@@ -52,8 +52,14 @@ class EvalBatchNorm2d(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         # Libraries whose frozen norms do not count batches (torchvision, detectron2) leave the counter out.
-        state_dict = {f"{prefix}num_batches_tracked": self.num_batches_tracked, **state_dict}
+        state_dict = {f"{prefix}num_batches_tracked": uncounted(self), **state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def uncounted(norm: nn.Module) -> Tensor:
+    """Return the number of batches that ``norm`` keeps where a state dict has none; from the meta device it is 0."""
+    counter: Tensor = norm.num_batches_tracked  # type: ignore[assignment]
+    return torch.zeros_like(counter, device="cpu") if counter.is_meta else counter
 
 
 _eval_forms: dict[type[nn.Module], type[EvalBatchNorm2d]] = {

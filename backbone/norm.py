@@ -7,7 +7,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from backbone.bn_eval import EvalBatchNorm2d
+from backbone.bn_eval import EvalBatchNorm2d, uncounted
 from backbone.config import GN_GROUPS, NormName
 
 NormLayer = Callable[[int], nn.Module]
@@ -84,11 +84,13 @@ class FrozenBatchNorm2d(nn.Module):
 
         ``modules()``, ``children()`` and the state dict leave ``thawed`` out.
         """
+        self._take_thawed()
         yield from super().named_children()
         yield _THAWED, self._as_thawed()
 
     def children(self) -> Iterator[nn.Module]:
         """Yield the children: what ``apply``, ``to`` and ``train`` reach."""
+        self._take_thawed()
         yield from (child for _, child in super().named_children())
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -99,6 +101,11 @@ class FrozenBatchNorm2d(nn.Module):
             self.thawed_class = type(module)
             known = {"training", *_INTERNAL}
             self.__dict__.update({key: value for key, value in vars(module).items() if key not in known})
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:  # noqa: ANN401
+        """Yield this layer and what is below it, as of every module."""
+        self._take_thawed()
+        yield from super().named_modules(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """Do as every module does; being frozen, only forget what was computed from values that may have changed."""
@@ -117,16 +124,32 @@ class FrozenBatchNorm2d(nn.Module):
             norm.__dict__[name] = dict(vars(self)[name])
         return norm
 
+    def _take_thawed(self) -> None:
+        """Take what a converter wrote into the children as ``thawed`` for what it is: not a child."""
+        if _THAWED in self._modules:
+            self.add_module(_THAWED, self._modules.pop(_THAWED))
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        if name == _THAWED and isinstance(value, nn.Module):
+            self.add_module(name, value)  # wrappers set what ``named_children()`` gave them
+        else:
+            super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.derived.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
+    def _save_to_state_dict(self, *args: Any) -> None:  # noqa: ANN401
+        self._take_thawed()
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         self.derived.clear()
+        self._take_thawed()
         # Libraries whose own frozen norm does not count batches (torchvision, detectron2) leave the counter out.
         key = f"{prefix}num_batches_tracked"
         if key not in state_dict:
-            state_dict = {**state_dict, key: self.num_batches_tracked}
+            state_dict = {**state_dict, key: uncounted(self)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _replicate_for_data_parallel(self) -> Self:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torchvision
 from conftest import build, randomise_norms, relative_error
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.utils import parametrize, prune
 
 from backbone import (
@@ -81,6 +82,36 @@ def test_a_converter_cannot_thaw_a_frozen_norm_but_is_remembered(convert: Callab
         assert isinstance(norm, nn.SyncBatchNorm)
         assert norm.process_group is None
         assert all(parameter.requires_grad for parameter in norm.parameters())
+
+
+def set_anew(model: nn.Module) -> None:
+    for name, child in model.named_children():
+        set_anew(child)
+        setattr(model, name, child)
+
+
+def written_anew(model: nn.Module) -> None:
+    for name, child in model.named_children():
+        written_anew(child)
+        model._modules[name] = child  # as torch.ao.quantization.convert does
+
+
+def checkpointed(model: nn.Module) -> None:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, nn.ReLU))
+
+
+@pytest.mark.parametrize("walk", [set_anew, written_anew, checkpointed])
+def test_a_walk_that_sets_children_anew_adds_none_to_a_frozen_norm(walk: Callable[[nn.Module], object]) -> None:
+    model = build(norm="frozen_bn", freeze_at=2)
+    names, keys = [name for name, _ in norms_of(model).items()], list(model.state_dict())
+    for look, expected in (
+        (lambda: list(norms_of(model)), names),
+        (lambda: list(model.state_dict()), keys),
+        (lambda: model.load_state_dict(dict(build().state_dict()), strict=True) and list(model.state_dict()), keys),
+        (lambda: [type(norm) for norm in model.get_submodule("bn1").children()], []),
+    ):
+        walk(model)
+        assert look() == expected
 
 
 def test_lightnings_revert_of_sync_batch_norms_reaches_frozen_ones() -> None:

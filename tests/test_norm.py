@@ -8,7 +8,8 @@ from conftest import build, randomise_norms, relative_error
 from torch import Tensor, nn
 
 from backbone import FrozenBatchNorm2d, freeze_norms, thaw_norms
-from backbone.norm import register_frozen_form
+from backbone.config import NormName
+from backbone.norm import norm_layer, register_frozen_form
 
 EPS = (1e-5, 1e-3, 0.0)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -158,3 +159,12 @@ def test_a_form_that_hides_what_it_computes_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"must define remainder\(\), got Shifted"):
         register_frozen_form(nn.BatchNorm2d, Shifted)
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn_eval"])
+def test_a_norm_on_meta_takes_a_state_without_counters(norm: NormName) -> None:
+    state = {key: value for key, value in nn.BatchNorm2d(4).state_dict().items() if key != "num_batches_tracked"}
+    with torch.device("meta"):
+        layer = norm_layer(norm)(4)
+    layer.load_state_dict(state, strict=True, assign=True)
+    assert int(layer.to("cpu").num_batches_tracked) == 0  # type: ignore[arg-type]

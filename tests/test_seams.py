@@ -258,6 +258,17 @@ def test_subclasses_with_a_forward_of_their_own_compute_it(name: str) -> None:
             assert all(relative_error(ours[level], expected[level]) <= 1e-4 for level in expected)
 
 
+@pytest.mark.parametrize("cls", [Bottleneck, FrozenBatchNorm2d])
+@torch.no_grad()
+def test_a_forward_replaced_on_a_class_is_called(cls: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("resnet50", norm="frozen_bn", out_features=["c2"]).eval()
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: -forward(self, x))
+    networks = [model, optimize_for_inference(model)] if cls is Bottleneck else [model]  # a copy holds no norm
+    for network in networks:
+        assert relative_error(network(IMAGES)["c2"], plain(model, IMAGES)["c2"]) <= 1e-5
+
+
 class DetrStyle(nn.Module):
     """A frozen norm of the same short name, with its eps inside."""
 
@@ -468,6 +479,14 @@ def test_the_switch_turns_everything_off_and_back() -> None:
     assert engine_report().cached_bytes["folded"] > size
 
 
+def test_a_switch_that_is_used_again_switches_again() -> None:
+    before, off = engine_report().enabled, engine_enabled(False)
+    for _ in range(2):
+        with off:
+            assert not engine_report().enabled
+        assert engine_report().enabled == before
+
+
 @torch.no_grad()
 def test_training_mode_and_another_dtype_drop_what_no_longer_serves() -> None:
     model = build("resnet18", norm="frozen_bn").eval()
@@ -497,6 +516,15 @@ def test_a_copy_without_plain_weights_is_about_as_large_as_the_model() -> None:
     again.load_state_dict(fast.state_dict(), strict=True)
     copied = copy.deepcopy(fast).double()
     assert all(relative_error(copied(IMAGES.double())[name], expected[name]) <= 1e-5 for name in expected)
+
+
+@torch.no_grad()
+def test_weights_that_need_no_layout_of_their_own_are_not_counted_twice() -> None:
+    fast = optimize_for_inference(build("resnet18", norm="frozen_bn").double())
+    before = engine_report().cached_bytes["prepared"]
+    for _ in range(3):
+        fast(IMAGES.double())
+    assert engine_report().cached_bytes["prepared"] == before
 
 
 def test_every_variant_of_the_family_has_torchvisions_children() -> None:

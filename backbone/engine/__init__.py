@@ -5,7 +5,7 @@ at one place per block; it answers with the result, or with None where their mod
 face: nothing outside of this folder imports more, but for ``backbone.inference``.
 """
 
-from backbone.engine.calls import has_hook
+from backbone.engine.calls import has_hook, has_hook_within
 from backbone.engine.known import Parts, register_block, register_pairs, register_sequence
 from backbone.engine.operation import conv_norm_act, residual_block, run_blocks
 from backbone.engine.report import EngineReport, engine_report
@@ -19,6 +19,7 @@ __all__ = [
     "engine_enabled",
     "engine_report",
     "has_hook",
+    "has_hook_within",
     "register_block",
     "register_pairs",
     "register_sequence",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from backbone.engine import switch, torch_internals
+from backbone.norm import FrozenBatchNorm2d
 
 _OWNED: Final = tuple(
     (owner, name, getattr(owner, name))
@@ -16,11 +17,12 @@ _OWNED: Final = tuple(
         nn.ReLU: ("__call__", "forward"),
         nn.MaxPool2d: ("__call__", "forward"),
         nn.Sequential: ("__call__", "forward"),
+        FrozenBatchNorm2d: ("forward",),
         F: ("conv2d", "relu", "max_pool2d"),
     }.items()
     for name in names
 )
-"""What torch's own modules do. A tool that counts or explains may put something else in its place."""
+"""What torch's own modules do, and our norm. A tool that counts or explains may put something else in its place."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

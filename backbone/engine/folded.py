@@ -1,6 +1,8 @@
 """The layers of an inference copy: their weights in the layout of their kernel, prepared once a shape comes again."""
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Final, NamedTuple, Self
 from weakref import WeakSet
 
@@ -24,6 +26,7 @@ class Prepared(NamedTuple):
         bias: The bias; both are held, so that no other tensor can take their place in memory.
         shape: What the layout depends on.
         values: Where weight and bias lie and how often they were written.
+        held: The memory they lie in, so that a new ``.data`` cannot come to lie there.
         size: Numbers in the input.
         packed: The weight in its kernel's layout, once the shape has come again.
         winograd: The convolution by fewer products, once it has come a third time, where that pays.
@@ -33,6 +36,7 @@ class Prepared(NamedTuple):
     bias: Tensor
     shape: object
     values: tuple[object, ...]
+    held: tuple[Tensor, ...]
     size: int
     packed: Tensor | None = None
     winograd: WinogradConv | None = None
@@ -47,8 +51,9 @@ class FoldedConv2d(nn.Conv2d):
         conv: The convolution to replace.
         weight: Its weight times the norm's scale.
         bias: The norm's shift.
-        keep_weight: Whether the plain weight stays beside the packed one. Without it ``weight`` and the state dict are
-            unpacked when somebody asks, and other shapes of input are repacked for.
+        keep_weight: Whether the plain weight stays beside the packed one. Without it the state dict is unpacked when
+            somebody asks, and other shapes of input are repacked for; ``weight`` is there again from a look at it until
+            it is packed anew.
     """
 
     _prepared: Prepared | None = None
@@ -66,7 +71,7 @@ class FoldedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
         if is_traced(x) or not self.takes(x):
-            weight = self.weight
+            weight = self._unpacked() if self._is_packed_only() else self.weight
             if isinstance(x, Tensor) and x.dtype != weight.dtype and not is_autocast(x):  # a proxy has no dtype
                 x = x.to(weight.dtype)
             return F.conv2d(x, weight, self.bias, *self.geometry)
@@ -90,19 +95,19 @@ class FoldedConv2d(nn.Conv2d):
         self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, reuse_residual: bool = False
     ) -> Tensor:
         """Return ``relu(conv(x) + bias + residual)`` in the dtype of the weight, for what ``takes`` accepts."""
-        weight: Tensor | None = self._parameters.get("weight")
-        bias: Tensor | None = self._parameters.get("bias")
-        if weight is None or bias is None:
-            weight, bias = (None if self._is_packed_only() else self.weight), self.bias
-            assert bias is not None
-        if x.dtype != bias.dtype:
-            x = x.to(bias.dtype)
-        prepared = self._prepared_for(x, weight, bias)
+        with nullcontext() if self.keep_weight else _turn:
+            weight: Tensor | None = self._parameters.get("weight")
+            bias: Tensor | None = self._parameters.get("bias")
+            if weight is None or bias is None:
+                weight, bias = (None if self._is_packed_only() else self.weight), self.bias
+                assert bias is not None
+            if x.dtype != bias.dtype:
+                x = x.to(bias.dtype)
+            prepared = self._prepared_for(x, weight, bias)
+            packed = None if prepared is None else prepared.packed
+            best = (self.weight if weight is None else weight) if packed is None else packed
         if prepared is not None and prepared.winograd is not None and residual is None:
             return prepared.winograd(x, relu=relu)
-        packed = None if prepared is None else prepared.packed
-        best = self.weight if packed is None and weight is None else weight if packed is None else packed
-        assert best is not None
         return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
     def prepared_bytes(self) -> int:
@@ -110,7 +115,8 @@ class FoldedConv2d(nn.Conv2d):
         prepared = self._prepared
         if prepared is None:
             return 0
-        tensors = (prepared.packed, None if prepared.winograd is None else prepared.winograd.weight)
+        packed = None if prepared.packed is prepared.weight else prepared.packed  # no kernel has a layout of its own
+        tensors = (packed, None if prepared.winograd is None else prepared.winograd.weight)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def _prepared_for(self, x: Tensor, weight: Tensor | None, bias: Tensor) -> Prepared | None:
@@ -125,6 +131,9 @@ class FoldedConv2d(nn.Conv2d):
         kept, shape = self._prepared, layout_depends_on(x)
         values = (torch.backends.mkldnn.enabled, *[(source.data_ptr(), source._version) for source in sources])
         if kept is not None and (kept.weight is not weight or kept.bias is not bias or kept.values != values):
+            if weight is None:  # it came from no others: only the bias has changed, or the kernels
+                self._restore()
+                return None
             kept = None  # made from others
         if (kept is None or kept.shape != shape or kept.packed is None) and _is_captured(x):
             return kept if weight is None else None  # a graph would pack at every replay, and calls outside of it read
@@ -133,7 +142,8 @@ class FoldedConv2d(nn.Conv2d):
             if kept is not None and x.numel() < kept.size and self._passed_over <= _PATIENCE:
                 return kept if weight is None else None
             packed = None if kept is None or weight is not None else pack(unpack(kept.packed), self.geometry, x)
-            kept = self._prepared = Prepared(weight, bias, shape, values, x.numel(), packed)
+            held = tuple(source.detach() for source in sources)
+            kept = self._prepared = Prepared(weight, bias, shape, values, held, x.numel(), packed)
             if x.device.type == "cpu" and self.keep_weight:
                 return None
         if self._passed_over:  # setting a module's attribute is slow
@@ -150,7 +160,9 @@ class FoldedConv2d(nn.Conv2d):
                 packed = pack(weight, self.geometry, x)
             is_enough = not self.keep_weight and packed.shape == weight.shape
             values = (kept.values[0], kept.values[-1]) if is_enough else kept.values
-            kept = kept._replace(packed=packed, weight=None if is_enough else weight, values=values)
+            kept = kept._replace(packed=packed, values=values)
+            if is_enough:
+                kept = kept._replace(weight=None, held=kept.held[-1:])
         elif self.keep_weight and suits(x, weight, self.geometry):
             kept = kept._replace(winograd=WinogradConv(weight, kept.bias, x))
         else:
@@ -162,13 +174,21 @@ class FoldedConv2d(nn.Conv2d):
         return kept
 
     def _is_packed_only(self) -> bool:
-        return self._prepared is not None and self._prepared.weight is None and "weight" not in self._parameters
+        has_weight = "weight" in self._parameters or "weight" in self.__dict__  # the latter stands in for a call
+        return not has_weight and self._prepared is not None and self._prepared.weight is None
+
+    def _unpacked(self) -> Tensor:
+        """Return the plain weight of a layer that keeps none."""
+        assert self._prepared is not None
+        return unpack(self._prepared.packed).detach()
 
     def _restore(self) -> None:
         """Have the plain weight again, and nothing prepared."""
-        if self._is_packed_only():
-            self._parameters["weight"] = nn.Parameter(self.weight.detach(), requires_grad=False)
-        self._prepared = None
+        with _turn:
+            if self._is_packed_only():
+                with torch.inference_mode(False):
+                    self._parameters["weight"] = nn.Parameter(self._unpacked(), requires_grad=False)
+            self._prepared = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._restore()
@@ -180,26 +200,34 @@ class FoldedConv2d(nn.Conv2d):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self._is_packed_only():
-            destination[f"{prefix}weight"] = self.weight.detach()
+            destination[f"{prefix}weight"] = self._unpacked()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         if name == "weight" and self._is_packed_only():
-            prepared: Any = self._prepared
-            return nn.Parameter(unpack(prepared.packed), requires_grad=False)
+            self._restore()  # who asks may edit it
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        if name == "weight" and self._is_packed_only():
+            self._restore()
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is prepared, which can be neither copied nor pickled."""
         state = {**self.__dict__, "_prepared": None, "_passed_over": 0}
         if self._is_packed_only():
-            state["_parameters"] = {"weight": self.weight, **self._parameters}
+            weight = nn.Parameter(self._unpacked(), requires_grad=False)
+            state["_parameters"] = {"weight": weight, **self._parameters}
         return state
 
 
 def _is_captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
+
+_turn: Final = threading.RLock()
+"""Whose turn it is to drop a plain weight, have it again, or find one of the two."""
 
 _holders: WeakSet[FoldedConv2d] = WeakSet()
 """The convolutions that have ever prepared something: for ``prepared_bytes`` alone."""

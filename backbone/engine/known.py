@@ -29,6 +29,8 @@ class Parts(NamedTuple):
 Block = TypeVar("Block", bound=nn.Module)
 _blocks: dict[type[nn.Module], Callable[[nn.Module], Parts | None]] = {}
 _pairs: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {}
+_forwards: Final[dict[type[nn.Module], Callable[..., object]]] = {}
+"""What the ``forward`` of each class was when it was registered: a tool may put another in its place."""
 _sequences: Final[set[type[nn.Module]]] = {nn.Sequential}
 
 
@@ -40,6 +42,7 @@ def register_block(cls: type[Block], parts: Callable[[Block], Parts | None]) -> 
         parts: Returns them; None where something else in the block is at work.
     """
     _blocks[cls] = parts  # type: ignore[assignment]
+    _forwards[cls] = cls.forward
 
 
 def register_pairs(cls: type[nn.Module], *pairs: tuple[str, str]) -> None:
@@ -50,16 +53,19 @@ def register_pairs(cls: type[nn.Module], *pairs: tuple[str, str]) -> None:
         pairs: The names of the convolutions and their norms.
     """
     _pairs[cls] = pairs
+    _forwards[cls] = cls.forward
 
 
 def register_sequence(cls: type[nn.Module]) -> None:
     """Say that calling a module of exactly the class ``cls`` is calling its children one after the other."""
     _sequences.add(cls)
+    _forwards[cls] = cls.forward
 
 
 def is_block(module: nn.Module) -> bool:
     """Whether ``module`` is of exactly a registered class, and nobody watches or replaces its ``forward``."""
-    return type(module) in _blocks and not has_hook(module)
+    cls = type(module)
+    return cls in _blocks and cls.forward is _forwards[cls] and not has_hook(module)
 
 
 def parts_of(block: nn.Module) -> Parts | None:
@@ -69,18 +75,20 @@ def parts_of(block: nn.Module) -> Parts | None:
 
 def pairs_of(module: nn.Module) -> list[tuple[str, str]]:
     """Return the names of the convolutions and norms that follow each other in ``module``, as far as is known."""
-    if "forward" in module.__dict__:
+    cls = type(module)
+    if "forward" in module.__dict__ or cls.forward is not _forwards.get(cls, cls.forward):
         return []
     if runs_in_order(module):
         return list(itertools.pairwise(module._modules))
-    return list(_pairs.get(type(module), ()))
+    return list(_pairs.get(cls, ()))
 
 
 def runs_in_order(layers: nn.Module) -> bool:
     """Whether calling ``layers`` is calling its children one after the other, and nothing else."""
     cls = type(layers)
     is_plain = issubclass(cls, nn.Sequential) and (cls.forward, cls.__iter__) == _PLAIN_SEQUENCE
-    return (cls in _sequences or is_plain) and "forward" not in layers.__dict__
+    is_known = cls in _sequences and cls.forward is _forwards.get(cls, _PLAIN_SEQUENCE[0])
+    return (is_known or is_plain) and "forward" not in layers.__dict__
 
 
 _PLAIN_SEQUENCE: Final = nn.Sequential.forward, nn.Sequential.__iter__

@@ -193,7 +193,7 @@ def _is_frozen(conv: nn.Module, norm: nn.Module, x: Tensor, ends_in_act: bool) -
         conv.bias is None
         and x.ndim == 4  # noqa: PLR2004
         and weight.device == x.device
-        and (x.dtype == weight.dtype or is_autocast(x))
+        and (x.dtype == weight.dtype or (is_autocast(x) and is_autocast(weight)))
         and all(map(is_plain, (weight, *norm.constants())))
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)

@@ -19,11 +19,12 @@ class engine_enabled:  # noqa: N801 (used like torch.no_grad)
     """
 
     def __init__(self, enabled: bool) -> None:
-        self._before = _state["on"]
+        self._before, self._enabled = _state["on"], enabled
         _state["on"] = enabled
 
     def __enter__(self) -> None:
-        """Leave the switch as the call has set it."""
+        """Set the switch as the call has set it, the second time as well."""
+        _state["on"] = self._enabled
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backbone.engine.calls import has_hook, has_hook_within, is_plain
 from backbone.engine.folded import FoldedConv2d, QuickLinear
-from backbone.engine.known import pairs_of
+from backbone.engine.known import pairs_of, runs_in_order
 from backbone.inference.foreign_norms import frozen_eps, what_follows
 from backbone.inference.graphs import GraphedExtractor
 from backbone.inference.reparameterize import reparameterize
@@ -86,6 +86,9 @@ def optimize_for_inference(
     reparameterize(model)
     folded = sum(_fold_norms(module, keep_weights) for module in list(model.modules()))
     prepared = _prepare(model, keep_weights)
+    for module in model.modules():
+        if isinstance(module, FoldedConv2d):  # of an earlier optimisation, too
+            module.keep_weight = keep_weights
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.__class__ = QuickLinear
@@ -122,12 +125,19 @@ def _fold_norms(parent: nn.Module, keep_weights: bool) -> int:
         conv, norm = owner._modules.get(leaf), parent._modules.get(norm_name)
         if conv is None or norm is None or not _is_plain_conv(conv) or has_hook_within(norm):
             continue
+        if path and not _ends_in(owner, leaf):
+            continue
         constants = _constants(norm)
         if constants is not None:
             owner._modules[leaf] = _fold(conv, constants, keep_weights)
             parent._modules[norm_name] = _remainder(norm)
             folded += 1
     return folded
+
+
+def _ends_in(layers: nn.Module, name: str) -> bool:
+    """Whether what ``layers`` return is the output of their child ``name``, and no hook on them sees it."""
+    return runs_in_order(layers) and not has_hook(layers) and next(reversed(layers._modules)) == name
 
 
 def _is_plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:

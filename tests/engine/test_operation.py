@@ -243,6 +243,11 @@ def test_a_dtype_that_does_not_fit_the_weights_is_refused_as_in_pytorch() -> Non
         build(norm="frozen_bn")(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16))
 
 
+def test_weights_in_double_precision_are_refused_under_autocast_as_in_pytorch() -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="same"):
+        build(norm="frozen_bn").double()(torch.randn(1, 3, 64, 64))
+
+
 # --- someone is watching ----------------------------------------------------------------------------------------------
 
 

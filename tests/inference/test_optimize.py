@@ -4,7 +4,9 @@ import copy
 import itertools
 import logging
 import pickle
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from conftest import build, randomise_norms, relative_error
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -102,14 +105,17 @@ EDITS: dict[str, Callable[[Any], object]] = {
     "in place": lambda conv: conv.weight.mul_(2),
     "of one channel of the bias": lambda conv: conv.bias[3].add_(1),
     "through a new parameter": lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight * 2)),
+    "through two new .data": lambda conv: [setattr(conv.weight, "data", conv.weight.data * 2) for _ in range(2)],
     "through a new .data": lambda conv: setattr(conv.weight, "data", conv.weight * 2),
 }
 
 
+@pytest.mark.parametrize("keep_weights", [True, False])
 @pytest.mark.parametrize("edit", EDITS)
 @torch.no_grad()
-def test_an_edit_of_an_optimised_model_is_seen(edit: str) -> None:
-    fast = optimize_for_inference(trained("resnet50", norm="frozen_bn", out_features=["c4"]))
+def test_an_edit_of_an_optimised_model_is_seen(edit: str, keep_weights: bool) -> None:
+    model = trained("resnet50", norm="frozen_bn", out_features=["c4"])
+    fast = optimize_for_inference(model, keep_weights=keep_weights)
     images = torch.randn(1, 3, 192, 192)
     for _ in range(3):
         before = fast(images)["c4"]
@@ -117,6 +123,64 @@ def test_an_edit_of_an_optimised_model_is_seen(edit: str) -> None:
     after = fast(images)["c4"]
     assert relative_error(after, before) > 1e-3
     assert relative_error(after, copy.deepcopy(fast)(images)["c4"]) <= 1e-5
+
+
+@torch.no_grad()
+def test_threads_on_a_copy_without_plain_weights_lose_none() -> None:
+    model = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(12)])
+    images = [torch.randn(1, 4, 8, 8), torch.randn(1, 4, 12, 8)]
+    expected = [model(image) for image in images]
+
+    def run(first: int) -> float:
+        numbers = [(first + step // 3) % 2 for step in range(12)]
+        return max(relative_error(own(images[number]), expected[number]) for number in numbers)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(25):
+                own = optimize_for_inference(model, keep_weights=False)
+                assert max(pool.map(run, range(6))) <= 1e-5
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+@torch.no_grad()
+def test_a_copy_of_a_copy_keeps_the_weights_it_is_told_to(keep_weights: bool) -> None:
+    images = torch.randn(1, 3, 64, 64)
+    fast = optimize_for_inference(trained(), keep_weights=not keep_weights)
+    fast = optimize_for_inference(fast, keep_weights=keep_weights)
+    for _ in range(3):
+        fast(images)
+    assert ("conv1.weight" in dict(fast.named_parameters())) == keep_weights
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+@torch.no_grad()
+def test_a_used_copy_can_be_pruned(keep_weights: bool) -> None:
+    model, images = trained(), torch.randn(1, 3, 64, 64)
+    fast = optimize_for_inference(model, keep_weights=keep_weights)
+    for _ in range(3):
+        fast(images)
+    for network in (fast, model.eval()):
+        prune.random_structured(network.get_submodule("layer2.0.conv1"), "weight", 0.5, dim=1)
+        network.get_submodule("layer2.0.conv1").weight_mask[:, ::2] = 0  # type: ignore[index]
+        network.get_submodule("layer2.0.conv1").weight_mask[:, 1::2] = 1  # type: ignore[index]
+    for _ in range(3):
+        assert relative_error(fast(images)["c5"], model(images)["c5"]) <= 1e-5
+    prune.remove(fast.get_submodule("layer2.0.conv1"), "weight")
+    for _ in range(3):
+        assert relative_error(fast(images)["c5"], model(images)["c5"]) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_used_copy_without_plain_weights_can_be_traced() -> None:
+    fast, images = optimize_for_inference(trained(), keep_weights=False), torch.randn(1, 3, 64, 64)
+    for _ in range(3):
+        expected = fast(images)["c5"]
+    assert relative_error(torch.fx.symbolic_trace(fast)(images)["c5"], expected) <= 1e-5
 
 
 @torch.inference_mode()

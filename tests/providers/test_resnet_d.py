@@ -1,5 +1,6 @@
 """ResNet-D of our family: timm's features and gradients, strides, norms and weights; RT-DETR's variants."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from backbone import convert_weights, inspect_weights, load_weights, optimize_for_inference
 from backbone.engine import engine_enabled
+from backbone.providers.resnet.resnet_d import DeepStem
 
 timm = pytest.importorskip("timm")
 
@@ -140,3 +142,29 @@ def test_conversion_to_a_library_without_it_is_refused(tmp_path: Path) -> None:
     torch.save(theirs("resnet18d").state_dict(), tmp_path / "x.pth")
     with pytest.raises(ValueError, match="detectron2 has no network with a deep stem, got resnet18d"):
         convert_weights(tmp_path / "x.pth", tmp_path / "y.pth", "detectron2")
+
+
+class Negated(DeepStem):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+CHANGED_STEMS: dict[str, Callable[[DeepStem], object]] = {
+    "of a subclass": lambda layers: setattr(layers, "__class__", Negated),
+    "with a layer more": lambda layers: layers.append(nn.Tanh()),
+    "with a block more": lambda layers: layers.extend([nn.Tanh(), nn.Conv2d(64, 64, 1), nn.ReLU()]),
+    "with a layer less": lambda layers: layers.pop(5),
+    "with a hook that changes its output": lambda layers: layers.register_forward_hook(lambda *given: -given[-1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_STEMS)
+@torch.no_grad()
+def test_a_deep_stem_that_was_changed_computes_what_it_is(change: str) -> None:
+    model, images = build("resnet18d", norm="frozen_bn", out_features=["c2"]).eval(), torch.randn(1, 3, 64, 64)
+    randomise_norms(model)
+    CHANGED_STEMS[change](model.get_submodule("conv1"))  # type: ignore[arg-type]
+    with engine_enabled(False):
+        expected = model(images)["c2"]
+    for network in (model, optimize_for_inference(model)):
+        assert relative_error(network(images)["c2"], expected) <= 1e-5

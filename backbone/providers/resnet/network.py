@@ -225,7 +225,7 @@ class ResNet(Backbone):
     def _stem(self, images: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) -> (N, 64, H/4, W/4); sizes round up."""
         first, after = self.conv1, (self.bn1, self.relu, self.maxpool)
-        x = deep_stem(images, first, *after) if isinstance(first, DeepStem) else stem(images, first, *after)
+        x = deep_stem(images, first, *after) if type(first) is DeepStem else stem(images, first, *after)
         return self.maxpool(self.relu(self.bn1(self.conv1(images)))) if x is None else x
 
     def _initialise(self, zero_init_residual: bool) -> None:

@@ -16,6 +16,7 @@ from backbone.engine import (
     Parts,
     conv_norm_act,
     has_hook,
+    has_hook_within,
     register_block,
     register_pairs,
     register_sequence,
@@ -67,7 +68,7 @@ class FusedRegNetBottleneck(regnet.Bottleneck):
         if shortcut is None or has_hook(last) or not are_idle(last.aa, self.drop_path):
             return super().forward(x)
         features, residual = self.se(self.conv2(self.conv1(x))), shortcut(x)
-        is_new = not isinstance(shortcut, nn.Identity) and not has_hook(shortcut)
+        is_new = type(shortcut) is FusedConvNormAct and not has_hook_within(shortcut)  # nobody else has its output
         out = conv_norm_act(features, last.conv, last.bn, residual, self.act3, reuse_residual=is_new)
         return self.act3(self.conv3(features) + residual) if out is None else out
 
