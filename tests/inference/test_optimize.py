@@ -105,7 +105,7 @@ EDITS: dict[str, Callable[[Any], object]] = {
     "in place": lambda conv: conv.weight.mul_(2),
     "of one channel of the bias": lambda conv: conv.bias[3].add_(1),
     "through a new parameter": lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight * 2)),
-    "through two new .data": lambda conv: [setattr(conv.weight, "data", conv.weight.data * 2) for _ in range(2)],
+    "through two new .data": lambda conv: [setattr(conv.weight, "data", conv.weight.data * 2) for _ in range(2)],  # type: ignore[func-returns-value]
     "through a new .data": lambda conv: setattr(conv.weight, "data", conv.weight * 2),
 }
 
@@ -165,12 +165,12 @@ def test_a_used_copy_can_be_pruned(keep_weights: bool) -> None:
     for _ in range(3):
         fast(images)
     for network in (fast, model.eval()):
-        prune.random_structured(network.get_submodule("layer2.0.conv1"), "weight", 0.5, dim=1)
-        network.get_submodule("layer2.0.conv1").weight_mask[:, ::2] = 0  # type: ignore[index]
-        network.get_submodule("layer2.0.conv1").weight_mask[:, 1::2] = 1  # type: ignore[index]
+        conv: Any = network.get_submodule("layer2.0.conv1")
+        prune.random_structured(conv, "weight", 0.5, dim=1)  # type: ignore[no-untyped-call]
+        conv.weight_mask[:, ::2], conv.weight_mask[:, 1::2] = 0, 1
     for _ in range(3):
         assert relative_error(fast(images)["c5"], model(images)["c5"]) <= 1e-5
-    prune.remove(fast.get_submodule("layer2.0.conv1"), "weight")
+    prune.remove(fast.get_submodule("layer2.0.conv1"), "weight")  # type: ignore[no-untyped-call]
     for _ in range(3):
         assert relative_error(fast(images)["c5"], model(images)["c5"]) <= 1e-5
 

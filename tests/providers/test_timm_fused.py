@@ -289,7 +289,8 @@ def test_what_a_hook_keeps_of_regnets_shortcut_is_not_overwritten() -> None:
     model, images = build("timm/regnetx_002", norm="frozen_bn").eval(), torch.randn(1, 3, 64, 64)
     randomise_norms(model)
     for network in (model, optimize_for_inference(model)):
-        kept, copied = [], []
+        kept: list[Tensor] = []
+        copied: list[Tensor] = []
         norm = network.get_submodule("network.s1.b1.downsample.bn")
         norm.register_forward_hook(lambda _module, _inputs, out, kept=kept: kept.append(out))
         norm.register_forward_hook(lambda _module, _inputs, out, copied=copied: copied.append(out.clone()))
