@@ -219,7 +219,7 @@ class Pooling(Backbone):
         super().__init__()
         self.project = nn.Conv2d(config.in_channels, 8, 1)
         self.stage_modules = {"stem": ("project",)}
-        self.feature_specs = {name: FeatureSpec(8, 2 << int(name[1])) for name in config.out_features}
+        self.feature_specs = {name: FeatureSpec(8, 1 << int(name[1])) for name in config.out_features}
 
     def forward(self, images: Tensor) -> Features:
         x = self.project(images)
