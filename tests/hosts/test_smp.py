@@ -63,14 +63,18 @@ def assert_equal_outputs_and_gradients(theirs: nn.Module, ours: nn.Module, image
     assert max(relative_error(found[name], grad) for name, grad in wanted.items()) < 1e-5
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "resnext50_32x4d"])
+ENCODERS = ("resnet18", "resnet50", "resnext50_32x4d")
+# Each architecture with one encoder in turn, and the U-Net with all: an architecture asks every encoder for the same.
+PAIRS = {(name, ENCODERS[number % 3]) for number, name in enumerate(ARCHITECTURES)} | {("Unet", e) for e in ENCODERS}
+
+
+@pytest.mark.parametrize(("architecture", "encoder"), sorted(PAIRS))
 def test_outputs_and_gradients_equal_those_on_smps_own_encoder(architecture: str, encoder: str) -> None:
     assert_equal_outputs_and_gradients(*pair(architecture, encoder, **ARCHITECTURES[architecture]))
 
 
 @pytest.mark.parametrize(("architecture", "output_stride"), STRIDES)
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("encoder", ["resnet18"])
 def test_dilates_as_smp_does(architecture: str, output_stride: int, encoder: str) -> None:
     assert_equal_outputs_and_gradients(*pair(architecture, encoder, encoder_output_stride=output_stride))
 
