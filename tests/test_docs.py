@@ -85,6 +85,8 @@ def absent(need: str) -> str | None:
                 importlib.import_module(module)
     except ImportError as error:
         return f"needs {need} ({error})"
+    if need == "detectron2" and not (Path(str(sys.modules["detectron2.model_zoo"].__file__)).parent / "configs").is_dir():
+        return "needs detectron2's model zoo, which an installation carries and a bare checkout does not"
     return None
 
 
