@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from config_keys import page as keys_page
 from typer.testing import CliRunner
 
+import backbone
 from backbone import BackboneConfig, DetectorConfig
 from backbone.command.app import app
 
@@ -85,7 +87,8 @@ def absent(need: str) -> str | None:
                 importlib.import_module(module)
     except ImportError as error:
         return f"needs {need} ({error})"
-    if need == "detectron2" and not (Path(str(sys.modules["detectron2.model_zoo"].__file__)).parent / "configs").is_dir():
+    zoo = sys.modules.get("detectron2.model_zoo")
+    if need == "detectron2" and not (Path(str(getattr(zoo, "__file__", ""))).parent / "configs").is_dir():
         return "needs detectron2's model zoo, which an installation carries and a bare checkout does not"
     return None
 
@@ -189,6 +192,15 @@ def test_links_and_pictures_are_there(name: str) -> None:
 def test_the_menu_names_every_page() -> None:
     menu = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(menu) == sorted(page.name for page in PAGES[1:])
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    listed = re.findall(r"^::: backbone\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted([*listed, "__version__"]) == sorted(backbone.__all__)
+
+
+def test_the_page_of_keys_is_that_of_the_configs() -> None:
+    assert (ROOT / "docs" / "keys.md").read_text() == keys_page() + "\n", "run tests/config_keys.py > docs/keys.md"
 
 
 def test_readme_is_read_in_five_minutes() -> None:
