@@ -26,7 +26,7 @@ from config_keys import page as keys_page
 from typer.testing import CliRunner
 
 import backbone
-from backbone import BackboneConfig, DetectorConfig
+from backbone import BackboneConfig, DetectorConfig, registry
 from backbone.command.app import app
 
 ROOT = Path(__file__).parent.parent
@@ -155,6 +155,7 @@ def test_blocks_run_as_written(
     name: str, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("backbone.registry._constructors", dict(registry._constructors))  # pages register their own
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     namespace: dict[str, Any] = {"__name__": "__main__"}
