@@ -1,9 +1,9 @@
 """Results computed from constants and kept until one of the constants changes.
 
 A folded weight costs a pass over the weight; making it once is worth little if it can ever be out of date. A result is
-used again only if every tensor it came from is the same object, at the same address, with the same version counter,
-and, on the CPU, with the same values (of a norm all, of a weight 64). On CUDA, where a look would wait for the device
-and a fused optimizer moves no version counter, nothing that trains is kept.
+used again only if every tensor it came from is the same object, at the same address, with the same version counter.
+On the CPU the values must be the same, too: of a norm all, of a weight 64. On CUDA, where a look would wait for the
+device and a fused optimizer moves no version counter, nothing that trains is kept.
 
 Results lie with their norm, in ``FrozenBatchNorm2d.derived``: one immutable record a purpose, replaced at once. The
 norm drops them in ``train()``, ``eval()``, ``to()``, loading, freezing and thawing; the engine drops the folded weight

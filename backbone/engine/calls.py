@@ -48,8 +48,8 @@ def is_plain(tensor: Tensor) -> bool:
 def is_traced(x: Tensor) -> bool:
     """Whether modules must be called, as if there were no engine. The first question at every block.
 
-    So it is where the call is traced, compiled, transformed, counted or explained, where ``x`` is no plain tensor of a
-    CPU or CUDA device, and where the engine is off.
+    So it is where the call is traced, compiled, transformed, counted or explained, and where the engine is off. It is
+    also where ``x`` is no plain tensor of a CPU or CUDA device.
     """
     return (
         torch.compiler.is_compiling()

@@ -53,7 +53,7 @@ def optimize_for_inference(
 ) -> nn.Module:
     """Return a copy of ``model`` in eval mode that gives the same outputs faster; ``model`` stays as it is.
 
-    Batch norms, frozen or not, are folded into the convolution before them, each block ends in one fused kernel, and on
+    Batch norms, frozen or not, are folded into the convolution before them, and each block ends in one fused kernel. On
     the CPU weights are packed and linear layers run by oneDNN. It takes a bare backbone, a backbone with its pyramid,
     or a whole detector whose feature extractor is its ``backbone`` attribute (torchvision, detectron2, transformers).
     Convolutions and norms with hooks stay as they are. Neighbours in an ``nn.Sequential`` are taken to run one after

@@ -76,8 +76,8 @@ def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.op
 def rate_factor(train: TrainConfig, step: int, epoch: float) -> float:
     """Return the factor on every learning rate at a step and an epoch, both counted from 0, the latter with fractions.
 
-    The warm-up follows the step and the decay the epoch, so that the decay stands where it stood when a run goes on
-    with another batch size, more processes or more images.
+    The warm-up follows the step and the decay the epoch. So the decay stands where it stood when a run goes on with
+    another batch size, more processes or more images.
     """
     warm = min(1.0, WARMUP_START + (1 - WARMUP_START) * step / train.warmup_steps) if train.warmup_steps else 1.0
     if train.learning_rate_decay == "steps":

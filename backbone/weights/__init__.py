@@ -52,16 +52,16 @@ def load_weights(
 ) -> LoadReport:
     """Load weights of any known format into the backbone of ``model``, and note the preprocessing they expect.
 
-    Names are translated to the network's own; then every parameter and buffer must be there with its shape, and
-    nothing else may be, what the report explains apart (``fc.*`` without a classifier, stages beyond
-    ``out_features``, a detector's head). On an error ``model`` keeps its old bytes.
+    Names are translated to the network's own. Then every parameter and buffer must be there with its shape, and nothing
+    else may be. What the report explains is no error: ``fc.*`` without a classifier, stages beyond ``out_features``, a
+    detector's head. On an error ``model`` keeps its old bytes.
 
     Args:
         model: The backbone to fill, or a pyramid or detector, of any library, that holds one of this package.
-        source: A torchvision weights name (``IMAGENET1K_V2``, ``RetinaNet_ResNet50_FPN_Weights.COCO_V1``) or a member
-            of its enums, a path, an http, https or file URL ending in ``#sha256=<digest>``, ``timm/<model>``,
-            ``hf://org/repo/file``, ``package://<package>/<path>`` for a file that an installed Python package carries,
-            or a state dict.
+        source: A torchvision weights name (``IMAGENET1K_V2``, ``RetinaNet_ResNet50_FPN_Weights.COCO_V1``), a member of
+            its enums, a path or a state dict. Or an address: an http, https or file URL ending in
+            ``#sha256=<digest>``, ``timm/<model>``, ``hf://org/repo/file``. Or ``package://<package>/<path>`` for a file
+            that an installed Python package carries.
         name: Registered name of the network, under which torchvision knows its weights; by default the one that the
             backbone was built by.
         stem_channels_from: For each input channel the pre-trained channel it copies, None for a zero; by default
@@ -76,8 +76,8 @@ def load_weights(
         FileNotFoundError: If the path does not exist.
         OSError: If the download fails.
         ImportError: If the source needs a library that is not installed.
-        ValueError: If the source is neither, the file is damaged or carries code, keys or shapes differ, a weight is
-            not finite, the weights are known to belong to another network, or there is no backbone in ``model``.
+        ValueError: If the source is neither, the file is damaged or carries code, or keys or shapes differ. Also if a
+            weight is not finite, the weights are known to belong to another network, or ``model`` holds no backbone.
     """
     backbone = backbone_within(model)
     if name is None:

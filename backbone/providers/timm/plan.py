@@ -1,6 +1,6 @@
 """How a timm model becomes a backbone: which of its maps are C2-C5, which modules make them, which sizes it takes.
 
-All of it is read from a copy on the meta device before any memory is used, and a model that cannot keep the contract is
+All of it is read from a copy on the meta device before any memory is used. A model that cannot keep the contract is
 refused there, with the reason.
 """
 
