@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeGuard
 
@@ -95,6 +96,12 @@ def optimize_for_inference(
     if dtype is not None:
         _compute_in(dtype, extractor, casts_back=extractor is not model)
     model.requires_grad_(False)
+    if cuda_graphs and not torch.cuda.is_available():
+        warnings.warn(
+            "cuda_graphs=True needs a CUDA device, and torch sees none here: until the copy is moved to one it runs "
+            "without graphs; leave it out for a CPU",
+            stacklevel=2,
+        )
     if cuda_graphs and extractor is model:
         model = GraphedExtractor(model)
     elif cuda_graphs:

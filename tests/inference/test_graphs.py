@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from backbone import optimize_for_inference
 from backbone.inference.graphs import GraphedExtractor
 
+pytestmark = pytest.mark.filterwarnings("ignore:cuda_graphs=True needs a CUDA device")
 CHANGES: dict[str, Any] = {
     "loading": lambda model: model.load_state_dict(model.state_dict()),
     "moving": lambda model: model.double(),
@@ -175,3 +176,9 @@ def test_a_stream_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> N
         stream.wait_event.assert_not_called()
         model._replayed(torch.ones(1, 3, 4, 4))
     stream.wait_event.assert_called_once_with(stream.record_event.return_value)
+
+
+def test_graphs_without_a_device_are_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="cuda_graphs=True needs a CUDA device"):
+        optimize_for_inference(build(), cuda_graphs=True)
