@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo WEIGHTS=IMAGENET1K_V2
 WEIGHTS ?=
 
-.PHONY: demo train-demo test test-plain test-oldest docs check bench format schema clean
+.PHONY: demo train-demo test test-slow test-plain test-oldest docs check bench format schema clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
@@ -51,11 +51,15 @@ train-demo: $(VENV)/train.stamp
 	$(BIN)/backbone train --config shapes_faster_rcnn --data out/shapes --out out/train-demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/pytest $(PYTEST)
+	$(BIN)/pytest $(PYTEST) -m "not slow"
 	@echo
-	@echo "All tests passed; those that were skipped say why with $(BIN)/pytest -rs."
+	@echo "All tests passed but for the slow ones, make test-slow; those skipped say why with $(BIN)/pytest -rs."
 	@echo "Next: make check (format, lint, types) before a change is proposed;  make bench (speed on this machine);"
 	@echo "      make docs (the manual as a site);  CONTRIBUTING.md says how the code is laid out."
+
+# Those that take seconds each: whole trainings, compilers, exports, every host's detectors, the manual's code.
+test-slow: $(VENV)/test.stamp
+	$(BIN)/pytest $(PYTEST) -m slow
 
 # What must hold whatever the engine and the version of torch: networks, norms, freezing, hosts' seams, inference copies.
 CORE := tests/providers/test_resnet.py tests/test_norm.py tests/test_freeze.py tests/test_freeze_seams.py \

@@ -1,5 +1,7 @@
 """What several test files share: networks with random statistics, and the error measure of every parity test."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,3 +54,40 @@ def saved_mebibytes(model: nn.Module, images: Tensor) -> float:
         features = model(images)  # kept alive until all is counted: an address must not be used twice
     del features
     return sum(saved.values()) / 2**20
+
+
+SLOW = {
+    "engine/test_compile.py",
+    "engine/test_operation.py::test_500_random_sequences_of_mixed_use_equal_the_unfused_reference",
+    "engine/test_torch_internals.py",
+    "export/test_export_parts.py::test_fixed_shapes_find_what_torchvision_finds",
+    "export/test_files.py",
+    "hosts/test_matrix.py",
+    "hosts/test_smp.py::test_dilates_as_smp_does",
+    "hosts/test_smp.py::test_outputs_and_gradients_equal_those_on_smps_own_encoder",
+    "hosts/test_torchvision.py::test_losses_and_gradients_equal_torchvisions_own",
+    "hosts/test_transformers_parity.py",
+    "hosts/test_transformers_published.py",
+    "providers/test_timm.py::test_model_keeps_the_whole_contract",
+    "providers/test_timm_fused.py::test_pickled_and_compiled_models_give_the_same",
+    "test_docs.py",
+    "tools/test_benchmark.py",
+    "training/test_malformed_data.py",
+    "training/test_run_endings.py",
+    "training/test_train.py::test_killed_run_goes_on_to_the_same_bytes",
+    "training/test_train.py::test_other_heads_train_and_are_measured",
+    "training/test_train.py::test_two_processes_learn_what_one_learns_from_the_doubled_batch",
+    "weights/test_inspect.py::test_500_megabytes_load_into_little_more_than_the_file_itself",
+    "weights/test_sources.py::test_killed_conversion_leaves_the_old_file_or_the_new_one",
+}
+"""Tests of seconds each, by file or function: ``make test`` leaves them to ``make test-slow``, and CI runs both."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow."""
+    here = Path(__file__).parent
+    for item in items:
+        file = item.path.relative_to(here).as_posix()
+        function = item.nodeid.rpartition("::")[2].partition("[")[0]
+        if {file, f"{file}::{function}"} & SLOW:
+            item.add_marker("slow")
