@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -72,18 +74,19 @@ def test_features_and_gradients_equal_timms(model: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_norms_are_folded_where_the_block_allows(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_folded_where_the_block_allows(model: str) -> None:
     ours, _ = pair(model)
     calls = 0
-    forward = FrozenBatchNorm2d.forward
 
-    def counted(self: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+    def count(frame: FrameType, event: str, _: object) -> None:  # a replaced forward would be seen, and called
         nonlocal calls
-        calls += 1
-        return forward(self, x)
+        calls += event == "call" and frame.f_code is FrozenBatchNorm2d.forward.__code__
 
-    monkeypatch.setattr(FrozenBatchNorm2d, "forward", counted)
-    ours(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    sys.setprofile(count)
+    try:
+        ours(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    finally:
+        sys.setprofile(None)
     assert calls == MODELS[model]
 
 
