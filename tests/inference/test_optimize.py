@@ -146,6 +146,7 @@ def test_threads_on_a_copy_without_plain_weights_lose_none() -> None:
         sys.setswitchinterval(interval)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("keep_weights", [True, False])
 @torch.no_grad()
 def test_a_copy_of_a_copy_keeps_the_weights_it_is_told_to(keep_weights: bool) -> None:
@@ -429,6 +430,7 @@ def test_a_torchvision_detector_detects_the_same(detector: str) -> None:
     torch.testing.assert_close(actual["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:cuda_graphs=True needs a CUDA device")
 @torch.no_grad()
 def test_a_detector_in_bfloat16_keeps_its_heads_in_float() -> None:
     model: Any = torchvision.models.get_model(
