@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "backbone"
 ORDER = (
-    {"strict", "stages", "config", "features", "images", "transforms"},
+    {"strict", "console", "stages", "config", "features", "images", "transforms"},
     {"norm", "registry", "bn_eval"},
     {"freeze", "recipe", "shipped"},
     {"engine"},

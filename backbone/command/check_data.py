@@ -6,6 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from backbone.command.terminal import import_training
+from backbone.console import console, readable_errors
 from backbone.shipped import find_recipe
 
 SPLITS: Final = ("train", "val")
@@ -23,7 +24,7 @@ def check_data_command(
 
     Without --config masks and keypoints are checked wherever there are some.
     """
-    from backbone.training.launch import console, readable_errors, tracked  # training's libraries take seconds
+    from backbone.training.launch import tracked  # training's libraries take seconds
 
     with readable_errors(ValueError, OSError, ImportError):
         import_training()

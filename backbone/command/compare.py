@@ -14,8 +14,9 @@ from rich.table import Table
 from backbone.command.comparison import MEGABYTE, Candidate, Compared, Latency, Question, compare
 from backbone.command.comparison_picture import save_comparison
 from backbone.command.describe import named
-from backbone.command.terminal import Device, console, progress_bar, readable_errors, torch_device
+from backbone.command.terminal import progress_bar, torch_device
 from backbone.config import BackboneConfig
+from backbone.console import Device, console, readable_errors
 from backbone.recipe import DetectorConfig, DetectorName
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from backbone.command.terminal import readable_errors
+from backbone.console import readable_errors
 from backbone.weights.convert import EFFICIENTNET_TARGETS, TARGETS, convert_weights
 
 

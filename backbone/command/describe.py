@@ -10,8 +10,9 @@ from rich.table import Table
 
 from backbone.command.description import Description, describe
 from backbone.command.detector_description import DetectorDescription, describe_detector
-from backbone.command.terminal import build_quietly, console, readable_errors
+from backbone.command.terminal import build_quietly
 from backbone.config import BackboneConfig
+from backbone.console import console, readable_errors
 from backbone.features import Backbone
 from backbone.recipe import DetectorConfig
 from backbone.registry import UnknownBackboneError, find_constructor

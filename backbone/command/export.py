@@ -8,8 +8,8 @@ from typing import Annotated, Final
 import typer
 from torch import Tensor, nn
 
-from backbone.command.terminal import readable_errors
 from backbone.config import BackboneConfig, load_config, read_yaml
+from backbone.console import readable_errors
 from backbone.recipe import DetectorConfig, ExtraLevels
 
 _RECIPE: Final = "recipe.yaml"

@@ -15,19 +15,9 @@ from torch import nn
 from backbone.command.extraction import extract_features, read_image, resize_image
 from backbone.command.photos import name_results, refuse_overwriting
 from backbone.command.results import Format, describe_features, save_results
-from backbone.command.terminal import (
-    Device,
-    build_quietly,
-    errors,
-    make_writable,
-    one_line,
-    print_error,
-    print_note,
-    progress_bar,
-    readable_errors,
-    torch_device,
-)
+from backbone.command.terminal import build_quietly, make_writable, one_line, print_note, progress_bar, torch_device
 from backbone.config import BackboneConfig
+from backbone.console import Device, errors, print_error, readable_errors
 from backbone.features import Backbone
 from backbone.inference.optimize import optimize_for_inference
 from backbone.recipe import DetectorConfig

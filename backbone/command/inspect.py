@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from backbone.command.terminal import console, readable_errors
+from backbone.console import console, readable_errors
 from backbone.weights import Inspection, inspect_weights
 
 

@@ -8,7 +8,8 @@ from rich import box
 from rich.table import Table
 
 from backbone.command.catalogue import Entry, find_backbones, parse_count, parse_strides
-from backbone.command.terminal import console, fail, print_error, print_note, progress_bar, readable_errors
+from backbone.command.terminal import print_note, progress_bar
+from backbone.console import console, fail, print_error, readable_errors
 
 
 def list_command(

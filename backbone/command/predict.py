@@ -12,18 +12,8 @@ from PIL import Image
 from backbone.command.extract import FAILURES
 from backbone.command.extraction import read_image
 from backbone.command.photos import name_results, refuse_overwriting
-from backbone.command.terminal import (
-    Device,
-    errors,
-    import_training,
-    make_writable,
-    one_line,
-    print_error,
-    print_note,
-    progress_bar,
-    readable_errors,
-    torch_device,
-)
+from backbone.command.terminal import import_training, make_writable, one_line, print_note, progress_bar, torch_device
+from backbone.console import Device, errors, print_error, readable_errors
 from backbone.recipe import DetectorConfig
 from backbone.shipped import find_recipe
 from backbone.weights.writing import write_atomically

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from backbone.command.terminal import Device, import_training, readable_errors
+from backbone.command.terminal import import_training
+from backbone.console import Device, readable_errors
 from backbone.shipped import find_recipe
 
 

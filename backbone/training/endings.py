@@ -10,7 +10,7 @@ from typing import Final
 import typer
 from rich.text import Text
 
-from backbone.training.launch import EXIT_USAGE, errors
+from backbone.console import EXIT_USAGE, errors
 from backbone.training.run_folder import CHECKPOINT
 
 EXIT_PICTURES: Final = 1

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import lightning as L
 
+from backbone.console import console, readable_errors
 from backbone.images import UnreadableImageError
 from backbone.training.coco.annotations import read_annotations
 from backbone.training.coco.data import CocoImages, make_loader
 from backbone.training.facts import read_run, recipe_of
-from backbone.training.launch import common_settings, console, readable_errors, require_possible, tracked
+from backbone.training.launch import common_settings, require_possible, tracked
 from backbone.training.module import DetectionModule, load_detector_state
 from backbone.training.reports import print_metrics, save_metrics, save_sheet
 

@@ -1,50 +1,15 @@
 """Where training and evaluation run, and how they tell what a user can mend."""
 
 import logging
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
-import typer
-from rich.console import Console
 from rich.progress import track
-from rich.text import Text
 
+from backbone.console import Device, console, errors
 from backbone.recipe import DetectorConfig
-
-EXIT_USAGE: Final = 2
-
-# letter by letter: a class or a file may be called [old], which is rich's markup
-console = Console(
-    width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=True, markup=False, emoji=False
-)
-errors = Console(stderr=True, markup=False, emoji=False)
-
-
-class Device(StrEnum):
-    """Where to run; auto takes a GPU if there is one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-@contextmanager
-def readable_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors that a user can mend into one message and exit code 2; anything else keeps its traceback."""
-    try:
-        yield
-    except kinds as error:
-        message = str(error)
-        if message.startswith("Caught "):  # a DataLoader's process sends a traceback, whose last line is the message
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        # letter by letter: a file name may look like rich's markup
-        errors.print(Text.assemble(("error", "red"), ": ", message), soft_wrap=True)
-        raise typer.Exit(EXIT_USAGE) from None
 
 
 def tracked(items: Sequence[Any], title: str) -> Iterable[Any]:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from backbone import FreezeSchedule
+from backbone.console import console, readable_errors
 from backbone.images import UnreadableImageError
 from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
 from backbone.training.advice import data_notes, warm_up_note, warn_if_frozen_at_random
@@ -22,7 +23,7 @@ from backbone.training.coco.summary import save_skipped
 from backbone.training.endings import EXIT_PICTURES, resumable, show
 from backbone.training.facts import metadata_of, with_facts
 from backbone.training.fine_tuning import start_from
-from backbone.training.launch import common_settings, console, readable_errors, require_possible, tracked
+from backbone.training.launch import common_settings, require_possible, tracked
 from backbone.training.module import DetectionModule, backbone_state, portable_state
 from backbone.training.parameter_groups import backbone_of
 from backbone.training.pictures import save_curves

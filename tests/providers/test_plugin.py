@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from backbone import freeze_report, list_backbones
 from backbone.command import app as cli
-from backbone.command import terminal
 from backbone.command.catalogue import Entry, find_backbones, parse_count, parse_strides
 from backbone.command.list import print_entries
+from backbone.console import console
 from backbone.hosts.torchvision import build_detector
 from backbone.recipe import DetectorConfig
 from backbone.registry import find_constructor, origin
@@ -72,7 +72,7 @@ def test_installed_plugin_is_listed_with_its_origin() -> None:
 def test_table_for_a_terminal_shows_the_origin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal.console, "_width", 100)
+    monkeypatch.setattr(console, "_width", 100)
     print_entries(found("tiny*"))
     assert ORIGIN in capsys.readouterr().out
 
