@@ -182,6 +182,18 @@ def test_a_tool_that_replaces_torchs_own_functions_sees_them_called(
     assert len(calls) in (17, 20)  # ReLUs, convolutions
 
 
+@pytest.mark.parametrize("optimised", [False, True])
+@torch.no_grad()
+def test_a_hook_on_all_modules_sees_every_one_called(optimised: bool) -> None:
+    model = build("resnet18", norm="frozen_bn").eval()
+    network = optimize_for_inference(model) if optimised else model
+    seen: list[nn.Module] = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        network(IMAGES)
+    leaves = {module for module in network.modules() if not list(module.children())}
+    assert leaves <= set(seen)
+
+
 @pytest.mark.engine
 @torch.no_grad()
 def test_a_function_mode_sees_every_convolution_and_a_default_device_does_not_slow() -> None:
@@ -412,6 +424,8 @@ class Wrapped(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
             return Wrapped(args[0].halves * 2)
+        if func.namespace != "aten":
+            raise NotImplementedError(func)
         return func(*[each.halves * 2 if isinstance(each, Wrapped) else each for each in args], **(kwargs or {}))
 
 
@@ -485,6 +499,15 @@ def test_a_switch_that_is_used_again_switches_again() -> None:
         with off:
             assert not engine_report().enabled
         assert engine_report().enabled == before
+
+
+def test_a_pass_with_gradients_drops_the_weights_that_were_folded_without() -> None:
+    model = build("resnet18", norm="frozen_bn").eval()
+    with torch.no_grad():
+        model(IMAGES)
+    whole = engine_report().cached_bytes["folded"]
+    model(IMAGES)  # in evaluation mode, but something trains: the scales and shifts serve on
+    assert engine_report().cached_bytes["folded"] <= 0.1 * whole
 
 
 @torch.no_grad()

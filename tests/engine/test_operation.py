@@ -386,6 +386,28 @@ def test_per_sample_gradients_by_vmap_work() -> None:
     assert torch.vmap(lambda sample: operation(sample, conv, norm))(x).shape == (3, 1, 16, 4, 4)
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_residual_of_another_shape_is_broadcast_as_in_pytorch(gradient: bool) -> None:
+    conv, norm = conv_and_norm({"kernel_size": 3, "padding": 1})
+    x, residual = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 1, 1)
+    results = []
+    for fused in (True, False):
+        with engine_enabled(fused), torch.set_grad_enabled(gradient):
+            leaf = residual.clone().requires_grad_(gradient)
+            out = operation(x, conv, norm, leaf)
+            results.append([out, *(torch.autograd.grad(out.square().sum(), leaf) if gradient else ())])
+    for ours, plain in zip(*results, strict=True):
+        assert relative_error(ours, plain) <= 1e-5
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_block_whose_shortcut_no_longer_fits_is_refused_as_in_pytorch(gradient: bool) -> None:
+    block = BasicBlock(16, 16, norm=FrozenBatchNorm2d)
+    block.conv1.stride = (2, 2)
+    with torch.set_grad_enabled(gradient), pytest.raises(RuntimeError, match="size of tensor"):
+        block(torch.randn(1, 16, 8, 8))
+
+
 # --- never stale ------------------------------------------------------------------------------------------------------
 
 
