@@ -1,6 +1,5 @@
 """Backbones, bare or in a detector, measured side by side on the user's own machine."""
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,10 +101,8 @@ class Candidate:
         self.name, self.config, self.question = name, config, question
         bare = config.model_copy(update={"weights": None, "stem_channels_from": None})
         torch.manual_seed(0)
-        with warnings.catch_warnings():  # nothing trains here
-            warnings.filterwarnings("ignore", message=".*frozen at random weights")
-            self.parameters, self.multiply_adds = _counted(bare, question)
-            model = _built(bare, question).eval().to(question.device)
+        self.parameters, self.multiply_adds = _counted(bare, question)
+        model = _built(bare, question).eval().to(question.device)
         inputs = _inputs(config.in_channels, question)
         self.plain = _step(model, inputs)
         self.optimized = _step(optimize_for_inference(model), inputs)

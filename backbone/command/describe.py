@@ -10,7 +10,7 @@ from rich.table import Table
 
 from backbone.command.description import Description, describe
 from backbone.command.detector_description import DetectorDescription, describe_detector
-from backbone.command.terminal import build_quietly
+from backbone.command.terminal import build_by_recipe
 from backbone.config import BackboneConfig
 from backbone.console import console, readable_errors
 from backbone.features import Backbone
@@ -82,7 +82,7 @@ def named(name: str) -> tuple[BackboneConfig | DetectorConfig, Path | None]:
 def _without_weights(settings: BackboneConfig, recipe: Path | None, *, on: str) -> Backbone:
     update = {"weights": None, "stem_channels_from": None}
     with torch.device(on):
-        return build_quietly(settings.model_copy(update=update), recipe)
+        return build_by_recipe(settings.model_copy(update=update), recipe)
 
 
 def _print_description(

@@ -1,6 +1,5 @@
 """What a detector is made of behind its backbone: pyramid and heads, counted on the meta device."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -70,8 +69,7 @@ def describe_detector(config: DetectorConfig, image_size: tuple[int, int]) -> De
     from backbone.hosts.torchvision import build_detector
 
     without_weights = config.backbone.model_copy(update={"weights": None, "stem_channels_from": None})
-    with torch.device("meta"), warnings.catch_warnings():  # nothing trains here
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
+    with torch.device("meta"):
         detector: Any = build_detector(config.model_copy(update={"backbone": without_weights})).eval()
     body: Backbone = detector.backbone.body
     with torch.no_grad(), torch.device("meta"):

@@ -1,6 +1,5 @@
 """``backbone export``: from a name, a recipe or a training run to a file that serves."""
 
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -120,9 +119,7 @@ def _export(
         return
     if model is None or out is None:
         raise ValueError("give what to export and --out FILE, or --check FILE")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        network, class_names = load_model(model, weights, pyramid)
+    network, class_names = load_model(model, weights, pyramid)
     photos = _photos(calibration, image_size, network, as_bytes=with_preprocessing) if calibration else []
     report = export_model(
         network,

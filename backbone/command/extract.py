@@ -15,7 +15,7 @@ from torch import nn
 from backbone.command.extraction import extract_features, read_image, resize_image
 from backbone.command.photos import name_results, refuse_overwriting
 from backbone.command.results import Format, describe_features, save_results
-from backbone.command.terminal import build_quietly, make_writable, one_line, print_note, progress_bar, torch_device
+from backbone.command.terminal import build_by_recipe, make_writable, one_line, print_note, progress_bar, torch_device
 from backbone.config import BackboneConfig
 from backbone.console import Device, errors, print_error, readable_errors
 from backbone.features import Backbone
@@ -62,7 +62,7 @@ def extract_command(
         target = torch_device(device)
         torch.manual_seed(0)  # without weights, the same random network each time
         with redirect_stdout(sys.stderr):  # stdout is for the paths written; torch.hub tells of downloads there
-            model = build_quietly(settings, config).eval()
+            model = build_by_recipe(settings, config).eval()
         run = _Extraction(settings, model, _network(model, dtype).to(target), format, draw=not no_picture)
         make_writable(out)
     _print_notes(settings, model)

@@ -2,7 +2,6 @@
 
 import sys
 import tempfile
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,14 +42,12 @@ def torch_device(device: Device) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def build_quietly(settings: BackboneConfig, recipe: str | Path | None = None) -> Backbone:
-    """Build a backbone that will not train; what it cannot honour is said with the recipe's name."""
-    with warnings.catch_warnings():  # nothing trains here, so nothing is lost by freezing it at random
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        try:
-            return build_backbone(settings)
-        except ValueError as error:
-            raise ValueError(f"{recipe}: {error}" if recipe else str(error)) from None
+def build_by_recipe(settings: BackboneConfig, recipe: str | Path | None = None) -> Backbone:
+    """Build a backbone; what it cannot honour is said with the recipe's name."""
+    try:
+        return build_backbone(settings)
+    except ValueError as error:
+        raise ValueError(f"{recipe}: {error}" if recipe else str(error)) from None
 
 
 def make_writable(folder: Path) -> None:

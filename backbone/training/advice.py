@@ -1,23 +1,11 @@
 """What can be said of a recipe before the first step, and is no error."""
 
-import warnings
 from collections.abc import Mapping
 
-from backbone.recipe import DetectorConfig, TrainConfig
+from backbone.recipe import TrainConfig
 from backbone.training.coco.annotations import Annotations
 from backbone.training.facts import RunFacts
 from backbone.training.parameter_groups import rate_factor
-
-
-def warn_if_frozen_at_random(config: DetectorConfig) -> None:
-    """Warn of what ``build_backbone`` cannot see: a schedule that freezes before anything was learned."""
-    frozen = (config.train.freeze_schedule or {0: 0})[0]
-    if frozen and config.backbone.weights is None and config.train.start_from is None:
-        warnings.warn(
-            f"{config.backbone.name}: the first {frozen} stages are frozen at random weights from epoch 0 on; set "
-            f"weights, or use a freeze_schedule that begins with {{0: 0}}",
-            stacklevel=2,
-        )
 
 
 def data_notes(facts: RunFacts | None, splits: Mapping[str, Annotations]) -> list[str]:

@@ -1,6 +1,5 @@
 """Measure a trained detector or segmenter: what ``backbone evaluate`` does."""
 
-import warnings
 from pathlib import Path
 
 import lightning as L
@@ -26,7 +25,6 @@ def evaluate(
     sheet: Path | None = None,
 ) -> None:
     """Check, load, measure."""
-    warnings.filterwarnings("ignore", message=".*frozen at random weights")  # they come from the file
     with readable_errors(ValueError, OSError):
         _, facts = read_run(weights)
         recipe = recipe_of(config, facts, weights)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -105,9 +104,7 @@ def rebuild_detector(config: DetectorConfig, facts: RunFacts) -> nn.Module:
         ValueError: If a setting cannot be honoured.
     """
     fresh = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": None})})
-    with warnings.catch_warnings():  # its weights come from the file
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
-        detector = build_detector(fresh)
+    detector = build_detector(fresh)
     adopt_facts(detector, config, facts)
     return detector
 

@@ -1,6 +1,5 @@
 """Train a detector or segmenter of torchvision on any backbone: what ``backbone train`` does."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -14,7 +13,7 @@ from backbone import FreezeSchedule
 from backbone.console import console, readable_errors
 from backbone.images import UnreadableImageError
 from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
-from backbone.training.advice import data_notes, warm_up_note, warn_if_frozen_at_random
+from backbone.training.advice import data_notes, warm_up_note
 from backbone.training.averaging import AveragedWeights
 from backbone.training.callbacks import AtomicCheckpointIO, FreezeByEpoch, History, save_atomically
 from backbone.training.coco.annotations import read_annotations, require_same_categories
@@ -112,8 +111,6 @@ def train(
         ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         loaders = {split: make_loader(each, **ranks) for split, each in images.items()}
         class_names = splits["val"].class_names
-        if run.checkpoint:  # the weights come from there
-            warnings.filterwarnings("ignore", message=".*frozen at random weights")
         module = DetectionModule(
             recipe,
             images["val"],
@@ -129,8 +126,6 @@ def train(
             save_skipped({each.file: each.skipped for each in splits.values()}, out / "skipped.csv")
             for note in filter(None, [*notes, warm_up_note(recipe.train, len(loaders["train"]))]):
                 console.print(note)
-        if not run.checkpoint:
-            warn_if_frozen_at_random(recipe)
     with resumable(out), readable_errors(FloatingPointError, UnreadableImageError):
         trainer.fit(module, loaders["train"], loaders["val"], ckpt_path=run.checkpoint)
         paths = save_weights(module, out) if trainer.is_global_zero else []

@@ -103,6 +103,6 @@ def test_a_note_is_printed_letter_by_letter(tmp_path: Path, monkeypatch: pytest.
         raise ValueError("[dog] :smile: [/b]")
 
     (tmp_path / "a.png").write_text("")
-    monkeypatch.setattr("backbone.command.extract.build_quietly", build)
+    monkeypatch.setattr("backbone.command.extract.build_by_recipe", build)
     result = command("extract", "--name", "resnet18", "--images", tmp_path / "a.png", "--out", tmp_path / "o")
     assert result.stderr == "error: [dog] :smile: [/b]\n"

@@ -339,12 +339,10 @@ def test_the_last_epoch_is_measured_whatever_validate_every_says(finished: Path)
     assert "AP50" in json.loads((finished / "metrics.json").read_text())["epochs"][-1]
 
 
-def test_a_schedule_that_freezes_random_weights_is_warned_of() -> None:
-    from backbone.training.advice import warn_if_frozen_at_random
-
-    config = DetectorConfig.model_validate(recipe("retinanet", norm="bn", train={"freeze_schedule": {0: 2}}))
-    with pytest.warns(UserWarning, match="first 2 stages are frozen at random weights"):
-        warn_if_frozen_at_random(config)
+def test_a_schedule_that_freezes_random_weights_is_warned_of(data: Path, tmp_path: Path) -> None:
+    settings = recipe("retinanet", norm="bn", train={"epochs": 1, "freeze_schedule": {0: 2}})
+    with pytest.warns(UserWarning, match="the first 2 stages are frozen at random weights"):
+        assert train(settings, data, tmp_path / "run").exit_code == 0
 
 
 def test_frozen_stages_keep_their_bytes(data: Path, tmp_path: Path) -> None:

@@ -58,8 +58,7 @@ def anchor_sizes(config: DetectorConfig) -> list[float]:
     if config.detector in SEGMENTERS:
         return []
     backbone = config.backbone.model_copy(update={"weights": None})
-    with torch.device("meta"), warnings.catch_warnings():  # it is not trained, and has no memory
-        warnings.filterwarnings("ignore", message=".*frozen at random weights")
+    with torch.device("meta"):  # it takes no memory
         detector = build_detector(config.model_copy(update={"backbone": backbone}))
     generator: Any = detector.rpn.anchor_generator if hasattr(detector, "rpn") else detector.anchor_generator  # type: ignore[union-attr]
     return sorted({float(size) for level in generator.sizes for size in level})
