@@ -22,6 +22,7 @@ NUM_ON_SHEET: Final = 16
 _COLUMNS: Final = 4
 _MAX_CLASSES: Final = 30
 _MAX_SIDE: Final = 640  # of an image on the sheet, in pixels
+_TOP_INCHES, _ROW_INCHES = 4.75, 3.55
 _INK, _ACCENT = "#4363d8", "#e6194b"
 
 
@@ -34,15 +35,17 @@ def save_chart(annotations: Annotations, config: DetectorConfig | None, path: Pa
         path: File to write.
     """
     config = config or _usual()
-    figure = Figure(figsize=(15, 19), layout="constrained")
-    top, sheet = figure.subfigures(2, 1, height_ratios=(1, 3)).flat  # type: ignore[union-attr]
+    images = chosen(annotations.content["images"])
+    rows = max(1, -(-len(images) // _COLUMNS))
+    figure = Figure(figsize=(15, _TOP_INCHES + rows * _ROW_INCHES), layout="constrained")
+    top, sheet = figure.subfigures(2, 1, height_ratios=(_TOP_INCHES, rows * _ROW_INCHES)).flat  # type: ignore[union-attr]
     left, right = top.subplots(1, 2)
     _draw_classes(left, annotations)
     _draw_sizes(right, annotations, config)
-    panels = sheet.subplots(NUM_ON_SHEET // _COLUMNS, _COLUMNS, squeeze=False)
+    panels = sheet.subplots(rows, _COLUMNS, squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
-    for axes, image in zip(panels.flat, chosen(annotations.content["images"]), strict=False):
+    for axes, image in zip(panels.flat, images, strict=False):
         _draw_image(axes, annotations, image)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():  # names may have letters that the font lacks
@@ -107,6 +110,7 @@ def _draw_sizes(axes: Any, annotations: Annotations, config: DetectorConfig) -> 
         axes.axvline(anchor, color=_ACCENT, linewidth=1, label="anchors" if not number else None)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     below = (sides < anchors[0] / 2).mean() if anchors and len(sides) else 0.0
     small = f"; {below:.0%} are below half the smallest anchor" if below else ""
     axes.set(
