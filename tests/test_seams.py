@@ -567,3 +567,81 @@ def test_a_head_with_batch_norm_1d_freezes_without_timm() -> None:
     expected = head(x)
     assert type(freeze_norms(head)[1]) is FrozenBatchNorm2d  # type: ignore[index]
     assert relative_error(head(x), expected) <= 1e-6
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def _spoil(model: Any, images: Tensor, where: str) -> Tensor:
+    """Put a NaN or an infinity into an image, a convolution or a norm."""
+    images = images.clone()
+    block = model.layer2[0]
+    with torch.no_grad():
+        match where:
+            case "image":
+                images[0, 1, 30, 30] = torch.nan
+            case "infinite image":
+                images[0, 1, 30, 30] = torch.inf
+            case "convolution":
+                block.conv1.weight[0, 0, 1, 1] = torch.nan
+            case "projection":
+                block.downsample[0].weight[3] = torch.inf
+            case "stem":
+                model.conv1.weight[5, 0, 0, 0] = -torch.nan
+            case "norm":
+                block.bn1.bias[2] = torch.nan
+            case "variance":
+                block.bn2.running_var[2] = -1.0
+    return images
+
+
+SPOILT = ("image", "infinite image", "convolution", "projection", "stem", "norm", "variance")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["training", "frozen", "copy", "copy of a batch norm"])
+@pytest.mark.parametrize("where", SPOILT)
+def test_nan_shows_in_the_features_as_without_the_engine(where: str, kind: str, dtype: torch.dtype) -> None:
+    model: nn.Module = build("resnet18", norm="bn" if kind == "copy of a batch norm" else "frozen_bn").eval()
+    randomise_norms(model)
+    images = _spoil(model, IMAGES, where)
+    if "copy" in kind:
+        model = optimize_for_inference(model, dtype=dtype)
+    with torch.set_grad_enabled(kind == "training"), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        for _ in range(3):  # a copy prepares its weights when a shape comes again
+            found = model(images)
+        with engine_enabled(False):
+            expected = model(images)
+    assert found["c5"].isnan().any()
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for name, features in expected.items():
+        assert torch.equal(found[name].isnan(), features.isnan()), name
+        assert relative_error(found[name].nan_to_num(), features.nan_to_num()) <= limit
+
+
+@pytest.mark.engine
+@torch.no_grad()
+def test_weights_that_turn_into_nan_are_noticed_in_what_was_prepared() -> None:
+    model: Any = optimize_for_inference(build("resnet18").eval())
+    for _ in range(3):
+        assert not model(IMAGES)["c5"].isnan().any()
+    model.layer3[1].conv2.weight[7] = torch.nan
+    assert model(IMAGES)["c4"][:, 7].isnan().all()
+    assert not model(IMAGES)["c3"].isnan().any()
+
+
+@pytest.mark.engine
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["frozen", "copy"])
+def test_a_block_called_by_hand_keeps_nan(kind: str) -> None:
+    model = build("resnet50", norm="frozen_bn").eval()
+    x = torch.randn(1, 256, 14, 14)
+    x[0, 0, 3, 3] = torch.nan
+    owner: Any = optimize_for_inference(model) if kind == "copy" else model
+    block = owner.layer2[0]
+    with engine_enabled(False):
+        expected = block(x)
+    assert expected.isnan().any()
+    for _ in range(3):
+        assert torch.equal(block(x).isnan(), expected.isnan())

@@ -1,7 +1,7 @@
 """The layers of an inference copy: their weights in the layout of their kernel, prepared once a shape comes again."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Final, NamedTuple, Self
 from weakref import WeakSet
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.engine.calls import is_autocast, is_plain, is_traced, needs_grad
+from backbone.engine.finite import is_finite
 from backbone.engine.kernels import Geometry, conv_bias_act, has_onednn, layout_depends_on, pack, unpack
 from backbone.engine.products import HAS_LINEAR, linear
 from backbone.engine.winograd import WinogradConv, suits
@@ -28,6 +29,7 @@ class Prepared(NamedTuple):
         values: Where weight and bias lie and how often they were written.
         held: The memory they lie in, so that a new ``.data`` cannot come to lie there.
         size: Numbers in the input.
+        is_finite: Whether weight and bias are.
         packed: The weight in its kernel's layout, once the shape has come again.
         winograd: The convolution by fewer products, once it has come a third time, where that pays.
     """
@@ -38,6 +40,7 @@ class Prepared(NamedTuple):
     values: tuple[object, ...]
     held: tuple[Tensor, ...]
     size: int
+    is_finite: bool
     packed: Tensor | None = None
     winograd: WinogradConv | None = None
 
@@ -75,7 +78,9 @@ class FoldedConv2d(nn.Conv2d):
             if isinstance(x, Tensor) and x.dtype != weight.dtype and not is_autocast(x):  # a proxy has no dtype
                 x = x.to(weight.dtype)
             return F.conv2d(x, weight, self.bias, *self.geometry)
-        return self.fused(x)
+        if is_finite(x):
+            return self.fused(x)
+        return F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, *self.geometry)  # NaN goes no further
 
     def takes(self, x: Tensor) -> bool:
         """Whether ``fused`` computes what modules would, for an ``x`` that is not traced."""
@@ -110,6 +115,20 @@ class FoldedConv2d(nn.Conv2d):
             return prepared.winograd(x, relu=relu)
         return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
+    def is_finite(self) -> bool:
+        """Whether weight and bias are finite; of what is prepared it is known."""
+        with nullcontext() if self.keep_weight else _turn:
+            weight: Tensor | None = self._parameters.get("weight")
+            bias: Tensor | None = self._parameters.get("bias")
+            if weight is None or bias is None:
+                weight, bias = (None if self._is_packed_only() else self.weight), self.bias
+                assert bias is not None
+            sources = [bias] if weight is None else [weight, bias]
+            kept = self._prepared
+            if kept is None or any(map(Tensor.is_inference, sources)) or kept.values != _values(sources):
+                return is_finite(*sources)
+            return kept.is_finite
+
     def prepared_bytes(self) -> int:
         """Return the bytes kept beside the parameters."""
         prepared = self._prepared
@@ -129,7 +148,7 @@ class FoldedConv2d(nn.Conv2d):
         if any(source.requires_grad or source.is_inference() for source in sources):
             return None  # these may change unseen
         kept, shape = self._prepared, layout_depends_on(x)
-        values = (torch.backends.mkldnn.enabled, *[(source.data_ptr(), source._version) for source in sources])
+        values = _values(sources)
         if kept is not None and (kept.weight is not weight or kept.bias is not bias or kept.values != values):
             if weight is None:  # it came from no others: only the bias has changed, or the kernels
                 self._restore()
@@ -143,7 +162,9 @@ class FoldedConv2d(nn.Conv2d):
                 return kept if weight is None else None
             packed = None if kept is None or weight is not None else pack(unpack(kept.packed), self.geometry, x)
             held = tuple(source.detach() for source in sources)
-            kept = self._prepared = Prepared(weight, bias, shape, values, held, x.numel(), packed)
+            kept = self._prepared = Prepared(
+                weight, bias, shape, values, held, x.numel(), is_finite(weight, bias), packed
+            )
             if x.device.type == "cpu" and self.keep_weight:
                 return None
         if self._passed_over:  # setting a module's attribute is slow
@@ -153,7 +174,7 @@ class FoldedConv2d(nn.Conv2d):
     def _further_prepared(self, kept: Prepared, x: Tensor) -> Prepared:
         """Take the next step of preparing, if there is one, and keep what comes of it."""
         weight = kept.weight
-        if weight is None or kept.winograd is not None:
+        if weight is None or kept.winograd is not None or not kept.is_finite:
             return kept
         if kept.packed is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -220,6 +241,11 @@ class FoldedConv2d(nn.Conv2d):
             weight = nn.Parameter(self._unpacked(), requires_grad=False)
             state["_parameters"] = {"weight": weight, **self._parameters}
         return state
+
+
+def _values(sources: Sequence[Tensor]) -> tuple[object, ...]:
+    """Where weight and bias lie and how often they were written, and whose kernels they are for."""
+    return torch.backends.mkldnn.enabled, *[(source.data_ptr(), source._version) for source in sources]
 
 
 def _is_captured(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from backbone.engine.cached import unless_changed
 from backbone.engine.calls import is_transformed
+from backbone.engine.finite import is_finite
 from backbone.engine.kernels import Geometry, conv_bias_act
 from backbone.engine.products import conv_backward, convolve
 from backbone.engine.torch_internals import convolution_backward, is_batched, threshold_backward
@@ -31,7 +32,7 @@ def with_gradient(
     shortcut: Sequence[FrozenLayer] | None,
     *,
     relu: bool = True,
-) -> Tensor:
+) -> Tensor | None:
     """Run frozen layers, with a ReLU after each, as one autograd node.
 
     Args:
@@ -41,23 +42,29 @@ def with_gradient(
         shortcut: What is added instead, computed from ``x``: by one layer, or ``x`` itself where there is none;
             None where nothing is.
         relu: Whether a ReLU follows the last layer.
+
+    Returns:
+        Features; None where a weight or a norm is not finite.
     """
     everything = [*layers, *(shortcut or ())]
     norms = [norm for _, norm in everything]
 
     def compute() -> tuple[Tensor, ...]:
         pairs = [norm.scale_and_shift() for norm in norms]
-        return (*(scale for scale, _ in pairs), *(shift.to(x.dtype) for _, shift in pairs))
+        finite = torch.tensor(is_finite(*(constant for pair in pairs for constant in pair)))
+        return (*(scale for scale, _ in pairs), *(shift.to(x.dtype) for _, shift in pairs), finite)
 
-    constants = unless_changed(norms, (), CONSTANTS, (x.dtype, len(norms)), compute)
+    weights = [conv.weight for conv, _ in everything]
+    *constants, finite = unless_changed(norms, (), CONSTANTS, (x.dtype, len(norms)), compute)
+    if not (finite and is_finite(*weights)):
+        return None
     plan = _Plan(
         geometries=tuple(Geometry.of(conv) for conv, _ in layers),
         projection=Geometry.of(shortcut[0][0]) if shortcut else None,
         adds_input=shortcut is not None and not shortcut,
         relu=relu,
     )
-    weights = [conv.weight for conv, _ in everything]
-    return _FoldedLayers.apply(plan, constants, x, residual, *weights)  # type: ignore[no-any-return]
+    return _FoldedLayers.apply(plan, tuple(constants), x, residual, *weights)  # type: ignore[no-any-return]
 
 
 class _Plan(NamedTuple):

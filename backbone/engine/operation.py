@@ -3,7 +3,7 @@
 A frozen norm is a constant scale and shift per channel, so ``conv(x, w) * scale + shift = conv(x, w * scale) + shift``:
 it never needs a pass over activations. ``decide`` answers, once per call of a block, which way it goes:
 
-* PLAIN where the norm trains, the call is traced or somebody watches: the modules are called;
+* PLAIN where the norm trains, the call is traced, somebody watches or ``x`` is not finite: the modules are called;
 * GRADIENT where a gradient is needed: one autograd node that saves no folded weight (gradient.py);
 * FUSED where none is: one kernel a layer (kernels.py), on folded weights that are never out of date (cached.py);
 * FOLDED in an inference copy: one kernel a layer, on the layers' own weights (folded.py).
@@ -13,8 +13,9 @@ The functions return None for PLAIN: the caller, an ordinary ``forward``, then c
 
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from backbone.engine import torch_internals
@@ -28,6 +29,7 @@ from backbone.engine.calls import (
     is_traced,
     needs_grad,
 )
+from backbone.engine.finite import is_finite
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.gradient import scaled, with_gradient
 from backbone.engine.kernels import Geometry, conv_bias_act, pack
@@ -46,6 +48,20 @@ class Path(enum.Enum):
     FOLDED = enum.auto()
 
 
+class _Folded(NamedTuple):
+    """A convolution that carries its norm.
+
+    Attributes:
+        weight: (C_out, C_in / groups, kh, kw), perhaps packed for its kernel.
+        bias: (C_out,).
+        finite: Whether both are, a truth on the CPU.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    finite: Tensor
+
+
 def decide(x: Tensor, layers: Sequence[Layer], activations: Sequence[nn.Module], *, ends_in_act: bool = False) -> Path:
     """Return how ``layers`` are to be computed for an ``x`` that is not traced.
 
@@ -62,8 +78,10 @@ def decide(x: Tensor, layers: Sequence[Layer], activations: Sequence[nn.Module],
     is_known = _is_folded if is_folded else _is_frozen
     if not all(is_known(conv, norm, x, ends_in_act) for conv, norm in layers):
         return Path.PLAIN
+    if not is_finite(x):
+        return Path.PLAIN
     if is_folded:
-        return Path.FOLDED
+        return Path.FOLDED if all(conv.is_finite() for conv, _ in layers) else Path.PLAIN  # type: ignore[operator]
     if not needs_grad(x, *[conv.weight for conv, _ in layers]):  # type: ignore[arg-type]
         return Path.FUSED
     return Path.GRADIENT if torch_internals.HAS_GRADIENT else Path.PLAIN
@@ -96,12 +114,17 @@ def conv_norm_act(
     path = decide(x, ((conv, norm),), () if act is None else (act,), ends_in_act=residual is None)
     if path is Path.FUSED and needs_grad(residual):
         path = Path.GRADIENT if torch_internals.HAS_GRADIENT else Path.PLAIN
-    if path is Path.PLAIN or (path is Path.FOLDED and needs_grad(residual)):
+    if path is Path.PLAIN or (path is Path.FOLDED and needs_grad(residual)) or not is_finite(residual):
         return None
     relu = act is not None or _ending(norm) is nn.ReLU
+    layer = (conv, norm)
     if path is Path.GRADIENT:
-        return _with_gradient(x, residual, [(conv, norm)], None, relu=relu)
-    return _layer((conv, norm), x, residual, relu=relu, reuse_residual=reuse_residual)
+        return _with_gradient(x, residual, [layer], None, relu=relu)
+    x = x.to(compute_dtype(x)) if path is Path.FUSED else x
+    weights = _weights((layer,), x, path)
+    if weights is None:
+        return None
+    return _layer(layer, weights[0], x, residual, relu=relu, reuse_residual=reuse_residual)
 
 
 def residual_block(block: nn.Module, x: Tensor, *, reuse_input: bool = False) -> Tensor | None:
@@ -119,18 +142,23 @@ def residual_block(block: nn.Module, x: Tensor, *, reuse_input: bool = False) ->
         return None
     layers, activations, shortcut = parts
     pool, projection = _projection(shortcut)
-    path = decide(x, layers if projection is None else (*layers, projection), activations)
+    everything = layers if projection is None else (*layers, projection)
+    path = decide(x, everything, activations)
     ends_like_input = layers[-1][0].out_channels == x.shape[1]
     if path is Path.PLAIN or (projection is None and (shortcut is not None or not ends_like_input)):
         return None
     pooled = x if pool is None else pool(x)
     if path is Path.GRADIENT:
         return _block_with_gradient(x, pooled, layers, projection)
-    residual = x if projection is None else _layer(projection, pooled, relu=False)
-    out = x
-    for layer in layers[:-1]:
-        out = _layer(layer, out)
-    return _layer(layers[-1], out, residual, reuse_residual=reuse_input or projection is not None)
+    x = x.to(compute_dtype(x)) if path is Path.FUSED else x
+    weights = _weights(everything, x, path)
+    if weights is None:
+        return None
+    residual = x if projection is None else _layer(projection, weights[-1], pooled, relu=False)
+    out, last = x, len(layers) - 1
+    for layer, weight in zip(layers[:last], weights[:last], strict=True):
+        out = _layer(layer, weight, out)
+    return _layer(layers[last], weights[last], out, residual, reuse_residual=reuse_input or projection is not None)
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -203,33 +231,49 @@ def _is_frozen(conv: nn.Module, norm: nn.Module, x: Tensor, ends_in_act: bool) -
     )
 
 
+def _weights(layers: Sequence[Layer], x: Tensor, path: Path) -> list[_Folded | None] | None:
+    """Return what the layers are computed with, FUSED; of a copy, FOLDED, they have it. None where NaN is in it."""
+    if path is Path.FOLDED:
+        return [None] * len(layers)
+    folded = [_folded(conv, norm, x) for conv, norm in layers]  # type: ignore[arg-type]
+    return list(folded) if all(each.finite for each in folded) else None
+
+
 def _layer(
-    layer: Layer, x: Tensor, residual: Tensor | None = None, *, relu: bool = True, reuse_residual: bool = False
+    layer: Layer,
+    folded: _Folded | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    reuse_residual: bool = False,
 ) -> Tensor:
     """Compute a layer, FUSED or FOLDED, by one kernel."""
-    conv, norm = layer
-    if isinstance(conv, FoldedConv2d):
+    conv, _ = layer
+    if folded is None:
+        assert isinstance(conv, FoldedConv2d)
         return conv.fused(x, residual, relu=relu, reuse_residual=reuse_residual)
     assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, FrozenBatchNorm2d)
-    x = x.to(compute_dtype(x))
+    x = x.to(folded.bias.dtype)
     residual = residual if residual is None else residual.to(x.dtype)
-    weight, bias = _folded(conv, norm, x)
-    return conv_bias_act(x, weight, bias, Geometry.of(conv), residual, relu=relu, reuse_residual=reuse_residual)
+    geometry = Geometry.of(conv)
+    return conv_bias_act(x, folded.weight, folded.bias, geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
 
-def _block_with_gradient(x: Tensor, pooled: Tensor, layers: Sequence[Layer], projection: Layer | None) -> Tensor:
-    """Compute a block as one autograd node; where its shortcut pools, as two."""
+def _block_with_gradient(x: Tensor, pooled: Tensor, layers: Sequence[Layer], projection: Layer | None) -> Tensor | None:
+    """Compute a block as one autograd node; where its shortcut pools, as two. None where weights are not finite."""
     if pooled is x:
         return _with_gradient(x, None, layers, [] if projection is None else [projection])
     assert projection is not None
     residual = _with_gradient(pooled, None, [projection], None, relu=False)
+    if residual is None:
+        return None
     return _with_gradient(x, residual, layers, None)
 
 
 def _with_gradient(
     x: Tensor, residual: Tensor | None, layers: Sequence[Layer], shortcut: Sequence[Layer] | None, *, relu: bool = True
-) -> Tensor:
+) -> Tensor | None:
     """Compute frozen layers as one autograd node; what inference kept of them no longer serves."""
     frozen: Any = layers, shortcut
     for _, norm in (*layers, *(shortcut or ())):
@@ -239,12 +283,12 @@ def _with_gradient(
     return with_gradient(x, residual, *frozen, relu=relu)
 
 
-def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The folded weight and bias, for images of any size."""
+def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> _Folded:
+    """Return weight and bias for images of any size, in the dtype of ``x``."""
 
     def compute() -> tuple[Tensor, ...]:
         weight, bias = fold(conv, norm, x)
-        return weight if x.device.type == "cpu" else pack(weight, Geometry.of(conv), x), bias
+        finite = torch.tensor(is_finite(weight, bias))
+        return weight if x.device.type == "cpu" else pack(weight, Geometry.of(conv), x), bias, finite
 
-    weight, bias = unless_changed([norm], [conv.weight], FOLDED_WEIGHT, x.dtype, compute)
-    return weight, bias
+    return _Folded(*unless_changed([norm], [conv.weight], FOLDED_WEIGHT, x.dtype, compute))

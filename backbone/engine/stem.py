@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from backbone.engine.calls import compute_dtype, has_hook, is_traced
+from backbone.engine.finite import is_finite
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.kernels import STEM, Geometry, has_onednn
 from backbone.engine.operation import Path, conv_norm_act, decide
+from backbone.norm import is_frozen_form
 
 _FRESH_BYTES: Final = 32 * 2**20
 _BAND_BYTES: Final = 16 * 2**20  # of the tensor between
@@ -93,7 +95,10 @@ def _is_known(
     settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
     if settings != (3, 2, 1, 1, False, False) or conv.kernel_size != (7, 7) or Geometry.of(conv) != STEM:
         return False
-    return decide(images, ((conv, norm),), (act,)) in (Path.FUSED, Path.FOLDED)
+    if decide(images, ((conv, norm),), (act,)) not in (Path.FUSED, Path.FOLDED):
+        return False
+    constants = norm.scale_and_shift() if is_frozen_form(norm) else (conv.bias,)
+    return is_finite(conv.weight, *constants)  # ``_max_pool`` knows no NaN
 
 
 def _max_pool(x: Tensor, above: Tensor | None, out: Tensor) -> None:
