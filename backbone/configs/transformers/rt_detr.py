@@ -1,9 +1,9 @@
 """Fine-tune RT-DETR on any backbone of this package with transformers' Trainer, on a data set in COCO's format.
 
     python tools/make_shapes_dataset.py --out out/shapes
-    python configs/transformers/rt_detr.py --data out/shapes --out out/rt_detr
+    python configs/transformers/rt_detr.py --data out/shapes --out out/rt_detr --weights out/train-demo/backbone.pth
 
-The small model here is for the drawn shapes, from scratch and on a CPU. For real work take a published checkpoint:
+The small model here is for the drawn shapes and a CPU; without --weights its backbone starts from scratch. For real work take a published checkpoint:
 
     RTDetrForObjectDetection.from_pretrained("PekingU/rtdetr_r50vd", config=...)
 
@@ -32,14 +32,16 @@ from transformers import (
     TrainingArguments,
 )
 
+from backbone import load_weights
 from backbone.hosts.transformers import TransformersBackboneConfig
 from backbone.training.coco.metrics import CocoMetrics
 
-BACKBONE: dict[str, Any] = {"name": "resnet18", "norm": "bn"}  # from scratch; with weights: frozen_bn and freeze_at: 2
+BACKBONE: dict[str, Any] = {"name": "resnet18", "norm": "bn"}
 DETECTOR: dict[str, Any] = {
     "encoder_hidden_dim": 64,
     "encoder_ffn_dim": 128,
-    "encoder_in_channels": [128, 256, 512],
+    "encoder_in_channels": [64, 128, 256],
+    "feat_strides": [4, 8, 16],  # the images are small
     "encoder_attention_heads": 4,
     "d_model": 64,
     "decoder_in_channels": [64, 64, 64],
@@ -103,11 +105,14 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {"pixel_values": pixels, "labels": [sample["labels"] for sample in samples]}
 
 
-def build(num_classes: int) -> RTDetrForObjectDetection:
-    """Return the detector, untrained."""
-    body = TransformersBackboneConfig(BACKBONE, out_features=["stage2", "stage3", "stage4"])
+def build(num_classes: int, weights: str | None = None) -> RTDetrForObjectDetection:
+    """Return the detector; but for its backbone's ``weights`` it is untrained."""
+    body = TransformersBackboneConfig(BACKBONE, out_features=["stage1", "stage2", "stage3"])
     settings: dict[str, Any] = {"backbone_config": body, "num_labels": num_classes, **DETECTOR}
-    return RTDetrForObjectDetection(RTDetrConfig(**settings))
+    model = RTDetrForObjectDetection(RTDetrConfig(**settings))
+    if weights:
+        load_weights(model, weights)
+    return model
 
 
 @torch.no_grad()
@@ -129,6 +134,7 @@ def evaluate(model: RTDetrForObjectDetection, data: Shapes) -> dict[str, float]:
 def main(
     data: Annotated[Path, typer.Option(help="Folder with train, val and annotations.")],
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
+    weights: Annotated[str | None, typer.Option(help="Weights of the backbone, as in a recipe.")] = None,
     steps: Annotated[int, typer.Option(help="Training steps at most.")] = 3000,
     minutes: Annotated[float, typer.Option(help="Minutes at most.")] = 20.0,
     batch_size: int = 8,
@@ -152,7 +158,7 @@ def main(
         remove_unused_columns=False,
         disable_tqdm=True,
     )
-    model = build(len(train.names))
+    model = build(len(train.names), weights)
     trainer = Trainer(model, arguments, collate, train, callbacks=[Clock(60 * minutes)])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
