@@ -59,6 +59,11 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(EXIT_USAGE)
 
 
+def say(text: str) -> None:
+    """Print text as it is: a path or a name longer than the line is not broken, so that it can be copied and found."""
+    console.print(text, soft_wrap=True)
+
+
 def print_error(message: str) -> None:
     """Print one error in one line, however long."""
     errors.print(Text.assemble(("error", "red"), ": ", message), soft_wrap=True)

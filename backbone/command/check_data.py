@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from backbone.command.terminal import import_training
-from backbone.console import console, readable_errors
+from backbone.console import readable_errors, say
 from backbone.shipped import find_recipe
 
 SPLITS: Final = ("train", "val")
@@ -35,18 +35,18 @@ def check_data_command(
         recipe = load_detector_config(find_recipe(config)) if config else None
         found = {split: read_annotations(data, split, recipe, track=tracked) for split in _splits_of(data)}
         for annotations in found.values():
-            console.print(annotations.summary())
+            say(annotations.summary())
         require_same_categories(found)
         if out is None:
-            console.print("--out DIR writes the whole list, skipped.csv, and a picture of each split")
+            say("--out DIR writes the whole list, skipped.csv, and a picture of each split")
         else:
             from backbone.training.coco.chart import save_chart
 
             if save_skipped({each.file: each.skipped for each in found.values()}, out / "skipped.csv"):
-                console.print(str(out / "skipped.csv"))
+                say(str(out / "skipped.csv"))
             for split, annotations in found.items():
                 save_chart(annotations, recipe, out / f"{split}.png")
-                console.print(str(out / f"{split}.png"))
+                say(str(out / f"{split}.png"))
         num_skipped = sum(len(annotations.skipped) for annotations in found.values())
         if strict and num_skipped:
             raise ValueError(f"--strict refuses {num_skipped} records that would be skipped; the list above names them")

@@ -16,7 +16,7 @@ from backbone.command.comparison_picture import save_comparison
 from backbone.command.describe import named
 from backbone.command.terminal import progress_bar, torch_device
 from backbone.config import BackboneConfig
-from backbone.console import Device, console, readable_errors
+from backbone.console import Device, console, readable_errors, say
 from backbone.recipe import DetectorConfig, DetectorName
 
 
@@ -49,10 +49,10 @@ def compare_command(
     if json_file is not None:
         content = {"title": title, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
         json_file.write_text(json.dumps(content, indent=1) + "\n")
-        console.print(str(json_file), soft_wrap=True)
+        say(str(json_file))
     if picture is not None:
         save_comparison(rows, title, picture)
-        console.print(str(picture), soft_wrap=True)
+        say(str(picture))
 
 
 def _backbone_of(name: str) -> BackboneConfig:
@@ -92,11 +92,10 @@ def _print_table(rows: list[Compared], title: str) -> None:
         )
     console.print(table)
     if stated := [f"{row.name} {row.weights}" for row in rows if row.accuracy is not None]:
-        console.print(f"accuracy: {', '.join(stated)}", soft_wrap=True)
-    console.print(
+        say(f"accuracy: {', '.join(stated)}")
+    say(
         "ms: median ± half the distance of the quartiles; random weights. GFLOPs: 10^9 multiply-adds of one image. "
         "Memory: weights and what a plain forward pass holds. ImageNet: top-1 as the weights' library states it.",
-        soft_wrap=True,
     )
 
 

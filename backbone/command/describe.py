@@ -12,7 +12,7 @@ from backbone.command.description import Description, describe
 from backbone.command.detector_description import DetectorDescription, describe_detector
 from backbone.command.terminal import build_by_recipe
 from backbone.config import BackboneConfig
-from backbone.console import console, readable_errors
+from backbone.console import console, readable_errors, say
 from backbone.features import Backbone
 from backbone.recipe import DetectorConfig
 from backbone.registry import UnknownBackboneError, find_constructor
@@ -58,7 +58,7 @@ def describe_command(
     _print_description(title, image_size, description, detector)
     _print_weights(published)
     if report is not None:
-        console.print(str(report), soft_wrap=True)
+        say(str(report))
 
 
 def named(name: str) -> tuple[BackboneConfig | DetectorConfig, Path | None]:
@@ -89,7 +89,7 @@ def _print_description(
     title: str, image_size: tuple[int, int], description: Description, detector: DetectorDescription | None
 ) -> None:
     height, width = image_size
-    table = Table(title=f"{title}, image {height} x {width}", title_justify="left", box=box.SIMPLE, padding=0)
+    table = Table(box=box.SIMPLE, padding=0)
     table.add_column("stage")
     for column in ("blocks", "channels", "stride", "dilation", "H x W", "parameters", "GFLOPs"):
         table.add_column(column, justify="right")
@@ -114,15 +114,15 @@ def _print_description(
     total = description if detector is None else detector
     table.add_section()
     table.add_row("total", "", "", "", "", "", f"{total.parameters:,}", f"{total.multiply_adds / 1e9:.2f}", "")
+    say(f"{title}, image {height} x {width}")
     console.print(table)
     megabytes = description.megabytes if detector is None else detector.parameters * 4 / 1e6
     note = "" if detector is None else f" {detector.note}"
-    console.print(f"{megabytes:.1f} MB of weights. GFLOPs are 10^9 multiply-adds for one image.{note}", soft_wrap=True)
+    say(f"{megabytes:.1f} MB of weights. GFLOPs are 10^9 multiply-adds for one image.{note}")
     if description.outside_name == "pyramid":
-        console.print(
+        say(
             f"The maps come of a pyramid whose {description.outside:,} parameters no published weights have: train it; "
             f"until then its finer maps look like a checkerboard.",
-            soft_wrap=True,
         )
 
 
@@ -135,4 +135,4 @@ def _print_weights(published: tuple[PublishedWeights, ...]) -> None:
         return
     stated = [f" ({each.accuracy:.1f} % on ImageNet)" if each.accuracy is not None else "" for each in published]
     listed = ", ".join(each.name + accuracy for each, accuracy in zip(published, stated, strict=True))
-    console.print(f"weights: {listed}", soft_wrap=True)
+    say(f"weights: {listed}")

@@ -38,7 +38,8 @@ class FreezeByEpoch(Callback):
             return
         frozen = [stage for stage, report in freeze_report(backbone).items() if report.frozen]
         if trainer.is_global_zero:
-            self.console.print(f"epoch {trainer.current_epoch}: frozen are {', '.join(frozen) or 'no stages'}")
+            stages = ", ".join(frozen) or "no stages"
+            self.console.print(f"epoch {trainer.current_epoch}: frozen are {stages}", soft_wrap=True)
         if isinstance(trainer.strategy, DDPStrategy):
             trainer.strategy.model = pl_module
             gc.collect()  # the old wrapper's hooks on the parameters go with it

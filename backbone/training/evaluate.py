@@ -4,7 +4,7 @@ from pathlib import Path
 
 import lightning as L
 
-from backbone.console import console, readable_errors
+from backbone.console import console, readable_errors, say
 from backbone.images import UnreadableImageError
 from backbone.training.coco.annotations import read_annotations
 from backbone.training.coco.data import CocoImages, make_loader
@@ -31,7 +31,7 @@ def evaluate(
         require_possible(recipe, device)
         names = facts.class_names if facts else None
         annotations = read_annotations(data, split, recipe, class_names=names, track=tracked)
-        console.print(annotations.summary())
+        say(annotations.summary())
         images = CocoImages(annotations, recipe, train=False)
         module = DetectionModule(recipe, images, annotations.class_names, facts=facts)
         load_detector_state(module.detector, weights)
@@ -41,7 +41,7 @@ def evaluate(
     print_metrics(module.metrics, console)
     if json_file:
         save_metrics(module.metrics, json_file)
-        console.print(str(json_file))
+        say(str(json_file))
     if sheet:
         save_sheet(module, images, annotations.class_names, sheet)
-        console.print(str(sheet))
+        say(str(sheet))

@@ -70,11 +70,11 @@ class RunFolder:
     def begin(self, config_file: Path, console: Console) -> None:
         """Say from where the run goes on and what changed, and keep the recipe."""
         if self.checkpoint:
-            console.print(f"going on from {self.checkpoint}")
+            console.print(f"going on from {self.checkpoint}", soft_wrap=True)
             for line in self.changes:
-                console.print(f"  changed: {line}")
+                console.print(f"  changed: {line}", soft_wrap=True)
         elif self.recipe.exists():
-            console.print(f"{self.out} has no finished epoch; starting from the beginning")
+            console.print(f"{self.out} has no finished epoch; starting from the beginning", soft_wrap=True)
         self.out.mkdir(parents=True, exist_ok=True)
         if config_file.resolve() != self.recipe.resolve():
             shutil.copyfile(config_file, self.recipe)

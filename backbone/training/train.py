@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from backbone import FreezeSchedule
-from backbone.console import console, readable_errors
+from backbone.console import console, readable_errors, say
 from backbone.images import UnreadableImageError
 from backbone.recipe import SEGMENTERS, DetectorConfig, load_detector_config
 from backbone.training.advice import data_notes, warm_up_note
@@ -121,11 +121,11 @@ def train(
         )
         started = start(module, recipe, class_names) if not run.checkpoint else []
         if trainer.is_global_zero:  # nothing is written before all that can be checked has been
-            console.print("\n".join([*(each.summary() for each in splits.values()), *started]))
+            say("\n".join([*(each.summary() for each in splits.values()), *started]))
             run.begin(config, console)
             save_skipped({each.file: each.skipped for each in splits.values()}, out / "skipped.csv")
             for note in filter(None, [*notes, warm_up_note(recipe.train, len(loaders["train"]))]):
-                console.print(note)
+                say(note)
     with resumable(out), readable_errors(FloatingPointError, UnreadableImageError):
         trainer.fit(module, loaders["train"], loaders["val"], ckpt_path=run.checkpoint)
         paths = save_weights(module, out) if trainer.is_global_zero else []
@@ -135,6 +135,6 @@ def train(
             return
         more, failed = save_results(module, history, images["val"], class_names, out)
     for path in [*paths, *more]:
-        console.print(str(path))
+        say(str(path))
     if failed:
         raise typer.Exit(EXIT_PICTURES)

@@ -103,7 +103,7 @@ def test_a_file_that_is_absent_and_a_name_that_is_unknown_are_told_apart() -> No
 def test_markup_in_a_name_is_printed_letter_by_letter(tmp_path: Path) -> None:
     file = tmp_path / "[red]a :dog:.yaml"
     file.write_text("detector: fcos\nbackbone: {name: resnet18, norm: bn}\nmin_size: 64\nmax_size: 64\n")
-    assert str(file.name) in words(described(file).stdout)
+    assert f"{file}: fcos on resnet18" in described(file).stdout
 
 
 def test_list_weights_are_those_of_the_library_with_its_accuracies() -> None:

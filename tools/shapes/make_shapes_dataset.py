@@ -242,4 +242,4 @@ def main(
         )  # fmt: skip
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    console.print(f"{images_train} + {images_val} images with annotations in {out}", highlight=False)
+    console.print(f"{images_train} + {images_val} images with annotations in {out}", highlight=False, soft_wrap=True)
