@@ -80,8 +80,8 @@ class TransformersBackbone(BackboneMixin, PreTrainedModel):
 
         Args:
             pixel_values: The images.
-            output_hidden_states: Whether the maps of all stages that are built are returned as well; the stem's only
-                where it is among ``out_features``.
+            output_hidden_states: Whether ``hidden_states`` are returned as well: the same maps, for a network of this
+                package gives none but those of ``out_features``.
             output_attentions: Must not be true.
             return_dict: False for a plain tuple.
 
