@@ -14,8 +14,8 @@ pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("pycocotools", reason="pycocotools is an extra: train")
 pytest.importorskip("scipy", reason="transformers' losses match by scipy")
 
-from backbone import freeze_report, freeze_stages  # noqa: E402
-from backbone.hosts.transformers import find_backbone  # noqa: E402
+from backbone import freeze_report, freeze_stages
+from backbone.hosts.transformers import find_backbone
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
