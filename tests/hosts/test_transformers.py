@@ -219,7 +219,8 @@ def test_a_modified_configuration_gives_the_last_stage(attribute: str) -> None:
 
 def test_a_copied_configuration_builds_the_same() -> None:
     given = config("stem", "stage3", norm="bn")
-    first, second = TransformersBackbone(given), TransformersBackbone(copy.deepcopy(given))
+    first: Any = TransformersBackbone(given)
+    second: Any = TransformersBackbone(copy.deepcopy(given))
     assert first.channels == second.channels == [64, 256]
     second.load_state_dict(first.state_dict())
     assert all(map(torch.equal, first.eval()(images()).feature_maps, second.eval()(images()).feature_maps))
