@@ -22,6 +22,8 @@ from backbone.engine.torch_internals import convolution_backward, is_batched, th
 from backbone.norm import FrozenBatchNorm2d
 
 CONSTANTS: Final = "scales and shifts"
+_PRODUCTS: Final = 2**20
+"""Numbers of weights multiplied by their gradients at a time."""
 FixedLayer: TypeAlias = tuple[nn.Conv2d, FrozenBatchNorm2d | EvalBatchNorm2d]
 """A convolution and its norm, whose statistics are fixed."""
 
@@ -154,7 +156,8 @@ class _FoldedLayers(torch.autograd.Function):
                 grad, x, factor, geometry, needs_x=needs_x, needs_weight=needs_weight or needs_scales[index], onto=onto
             )
             if needs_scales[index]:
-                grads[count + index] = (grad_weight * weight).sum((1, 2, 3), dtype=scale.dtype)
+                grad_weight = grad_weight.to(scale.dtype)
+                grads[count + index] = _products_by_channel(grad_weight, weight)
             if grad_weight is not None and needs_weight:
                 dtype = weight.dtype
                 grad_weight = grad_weight.to(dtype) if late else _scaled_gradient(grad_weight, scale, dtype)
@@ -199,6 +202,13 @@ def _sum_of_pixels(grad: Tensor, dtype: torch.dtype) -> Tensor:
         rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
         return torch.mm(rows.new_ones(1, len(rows)), rows)[0].to(dtype)
     return grad.sum((0, 2, 3), dtype=dtype)
+
+
+def _products_by_channel(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return ``(grad * weight).sum((1, 2, 3))``, (C_out,), a few channels at a time: the products stay in the cache."""
+    channels = max(1, _PRODUCTS // weight[0].numel())
+    parts = zip(grad.split(channels), weight.split(channels), strict=True)
+    return torch.cat([(of_grad * of_weight).sum((1, 2, 3)) for of_grad, of_weight in parts])
 
 
 def _plain_backward(
