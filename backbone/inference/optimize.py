@@ -94,6 +94,7 @@ def optimize_for_inference(
         for extractor in extractors:
             _compute_in(dtype, extractor, casts_back=not returns_features(model))
     model.requires_grad_(False)
+    model.eval()  # adapters that list their parameters forget those that were folded
     if cuda_graphs and not torch.cuda.is_available():
         warnings.warn(
             "cuda_graphs=True needs a CUDA device, and torch sees none here: until the copy is moved to one it runs "

@@ -77,6 +77,16 @@ def test_the_backbone_is_what_cuda_graphs_replay(name: str) -> None:
     assert not any(isinstance(module, GraphedExtractor) for module in again.modules())
 
 
+def test_weights_that_were_folded_are_not_kept() -> None:
+    detector = DETECTORS["detr"]
+    body = TransformersBackboneConfig({"name": "resnet18", "freeze_at": 3}, out_features=detector.features)
+    fast = optimize_for_inference(detector.make(body).train())
+    own = {id(parameter) for parameter in fast.parameters()}
+    listed = find_backbone(fast)._frozen
+    assert listed
+    assert {id(parameter) for parameter in listed} <= own
+
+
 @torch.no_grad()
 def test_a_hosted_backbone_alone_returns_the_dtype_asked_for() -> None:
     body: Any = find_backbone(make("detr"))
