@@ -37,5 +37,5 @@ def test_a_small_run_times_all_that_agree(tool: Any, monkeypatch: pytest.MonkeyP
 
 def test_who_computes_something_else_is_not_timed(tool: Any) -> None:
     calls = {"transformers": lambda: [torch.ones(2)], "ours": lambda: [torch.ones(2) * 1.001]}
-    with pytest.raises(RuntimeError, match="ours must agree to 1e-04 before it is timed, got 1.0e-03"):
+    with pytest.raises(RuntimeError, match=r"ours must agree to 1e-04 before it is timed, got 1\.0e-03"):
         tool.errors(calls)
