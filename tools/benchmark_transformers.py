@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -35,8 +35,12 @@ from backbone import optimize_for_inference
 from backbone.command.timing import time_rounds
 from backbone.hosts.transformers import TransformersBackboneConfig, find_backbone
 
+Run: TypeAlias = Callable[[], list[Tensor]]
+
 LIMITS: Final = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference of a map or answer, in units of the largest value."""
+
+_transformers: Any = transformers  # its configurations take more than their types say
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -56,7 +60,7 @@ class Detector:
         title: How it is known.
         model: Its class.
         config: The class of its configuration.
-        body: Makes the configuration of its own backbone.
+        body: The class of its own backbone's configuration.
         ours: Our name of that backbone.
         features: Stages it reads.
         answer: The output that is compared; RT-DETR's neck, whose best places are chosen later, when close calls count.
@@ -65,7 +69,7 @@ class Detector:
     title: str
     model: Any
     config: Any
-    body: Callable[[list[str]], Any]
+    body: Any
     ours: str
     features: list[str]
     answer: str
@@ -73,7 +77,7 @@ class Detector:
     def pair(self) -> tuple[Any, Any]:
         """Return it on its own backbone, and on ours with the same weights."""
         torch.manual_seed(0)
-        theirs = self.model(self.config(backbone_config=self.body(self.features))).eval()
+        theirs = self.model(self.config(backbone_config=self.body(out_features=self.features))).eval()
         body = TransformersBackboneConfig({"name": self.ours, "norm": "frozen_bn"}, out_features=self.features)
         with TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
@@ -83,18 +87,18 @@ class Detector:
 DETECTORS: Final = {
     Model.RT_DETR: Detector(
         "RT-DETR r50vd",
-        transformers.RTDetrForObjectDetection,
-        transformers.RTDetrConfig,
-        lambda features: transformers.RTDetrResNetConfig(out_features=features),
+        _transformers.RTDetrForObjectDetection,
+        _transformers.RTDetrConfig,
+        _transformers.RTDetrResNetConfig,
         "resnet50d",
         ["stage2", "stage3", "stage4"],
         "encoder_last_hidden_state",
     ),
     Model.DETR: Detector(
         "DETR-R50",
-        transformers.DetrForObjectDetection,
-        transformers.DetrConfig,
-        lambda features: transformers.ResNetConfig(out_features=features),
+        _transformers.DetrForObjectDetection,
+        _transformers.DetrConfig,
+        _transformers.ResNetConfig,
         "resnet50",
         ["stage4"],
         "logits",
@@ -102,23 +106,24 @@ DETECTORS: Final = {
 }
 
 
-def maps_of(body: Any, images: Tensor) -> list[Tensor]:  # noqa: ANN401
-    """Return a backbone's maps."""
-    return list(body(images).feature_maps)
+def runner(model: Any, output: str, images: Tensor, autocast: bool) -> Run:  # noqa: ANN401
+    """Return a call of ``model`` that gives what it calls ``output``, one tensor or several."""
 
+    def run() -> list[Tensor]:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            found = model(images)[output]
+        return [found] if isinstance(found, Tensor) else list(found)
 
-def listed(answer: Tensor | list[Tensor]) -> list[Tensor]:
-    """Return one tensor or several as a list."""
-    return [answer] if isinstance(answer, Tensor) else list(answer)
+    return run
 
 
 def backbone_path(ours: torch.nn.Module) -> str:
     """Return where the detector keeps its backbone."""
     body = find_backbone(ours)
-    return next(path for path, module in ours.named_modules() if module is body)
+    return next(str(path) for path, module in ours.named_modules() if module is body)
 
 
-def contenders(detector: Detector, images: Tensor) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
+def contenders(detector: Detector, images: Tensor) -> dict[str, dict[str, Run]]:
     """Return what is timed, ``backbone`` and ``detector``: each contender's name and call, theirs first."""
     theirs, ours = detector.pair()
     path = backbone_path(ours)
@@ -130,23 +135,14 @@ def contenders(detector: Detector, images: Tensor) -> dict[str, dict[str, Callab
         "ours, optimised": (fast, False),
         "ours, optimised, bfloat16": (half, False),
     }
-
-    def run(call: Callable[[], list[Tensor]], autocast: bool) -> Callable[[], list[Tensor]]:
-        def step() -> list[Tensor]:
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-                return call()
-
-        return step
-
-    parts: dict[str, dict[str, Callable[[], list[Tensor]]]] = {"backbone": {}, "detector": {}}
+    parts: dict[str, dict[str, Run]] = {"backbone": {}, "detector": {}}
     for name, (model, autocast) in models.items():
-        body = model.get_submodule(path)
-        parts["backbone"][name] = run(lambda body=body: maps_of(body, images), autocast)
-        parts["detector"][name] = run(lambda model=model: listed(model(images)[detector.answer]), autocast)
+        parts["backbone"][name] = runner(model.get_submodule(path), "feature_maps", images, autocast)
+        parts["detector"][name] = runner(model, detector.answer, images, autocast)
     return parts
 
 
-def errors(calls: dict[str, Callable[[], list[Tensor]]]) -> dict[str, float]:
+def errors(calls: dict[str, Run]) -> dict[str, float]:
     """Return each contender's largest difference from the first.
 
     Raises:
@@ -206,8 +202,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="File of the results.")] = None,
 ) -> None:
     """Compare and time."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _transformers.logging.set_verbosity_error()
+    _transformers.logging.disable_progress_bar()
     images = torch.randn(batch, 3, *image_size, generator=torch.Generator().manual_seed(1))
     records = []
     for name in model or list(Model):

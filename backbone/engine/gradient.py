@@ -155,7 +155,7 @@ class _FoldedLayers(torch.autograd.Function):
             grad_x, grad_weight = conv_backward(
                 grad, x, factor, geometry, needs_x=needs_x, needs_weight=needs_weight or needs_scales[index], onto=onto
             )
-            if needs_scales[index]:
+            if grad_weight is not None and needs_scales[index]:
                 grad_weight = grad_weight.to(scale.dtype)
                 grads[count + index] = _products_by_channel(grad_weight, weight)
             if grad_weight is not None and needs_weight:
@@ -207,7 +207,7 @@ def _sum_of_pixels(grad: Tensor, dtype: torch.dtype) -> Tensor:
 def _products_by_channel(grad: Tensor, weight: Tensor) -> Tensor:
     """Return ``(grad * weight).sum((1, 2, 3))``, (C_out,), a few channels at a time: the products stay in the cache."""
     channels = max(1, _PRODUCTS // weight[0].numel())
-    parts = zip(grad.split(channels), weight.split(channels), strict=True)
+    parts = zip(torch.split(grad, channels), torch.split(weight, channels), strict=True)
     return torch.cat([(of_grad * of_weight).sum((1, 2, 3)) for of_grad, of_weight in parts])
 
 
