@@ -11,7 +11,7 @@ computes in bfloat16; theirs as built and under autocast to bfloat16. Needs: pip
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -158,9 +158,8 @@ def errors(calls: dict[str, Run]) -> dict[str, float]:
     return found
 
 
-def measure(detector: Detector, images: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Return the results of the backbone alone and of the whole detector."""
-    records = []
+def measure(detector: Detector, images: Tensor, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield the results of the backbone alone and of the whole detector."""
     for part, calls in contenders(detector, images).items():
         found = errors(calls)
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -176,8 +175,7 @@ def measure(detector: Detector, images: Tensor, rounds: int) -> list[dict[str, A
             }
             for name in calls
         ]
-        records.append({"title": f"{detector.title}, {part}", "rows": rows})
-    return records
+        yield {"title": f"{detector.title}, {part}", "rows": rows}
 
 
 def show(record: dict[str, Any], images: Tensor) -> None:
@@ -210,9 +208,9 @@ def main(
         for record in measure(DETECTORS[name], images, rounds):
             show(record, images)
             records.append({**record, "date": f"{datetime.now(UTC):%Y-%m-%d}", "hardware": hardware(DeviceName.CPU)})
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(records, indent=1) + "\n")
+            if json_file:  # at once, in case a later one fails
+                json_file.parent.mkdir(parents=True, exist_ok=True)
+                json_file.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":
