@@ -14,6 +14,7 @@ from backbone import (
     Backbone,
     FreezeSchedule,
     engine_enabled,
+    freeze_norms,
     freeze_report,
     freeze_stages,
     optimize_for_inference,
@@ -155,6 +156,24 @@ def test_parts_train_alone(trains: str, calls: list[int]) -> None:
         if parameter.grad is not None:
             assert relative_error(parameter.grad, expected[key]) < 1e-9, key  # type: ignore[arg-type]
     assert calls
+
+
+@pytest.mark.engine
+def test_a_frozen_norm_beside_those_that_train_stays_frozen(calls: list[int]) -> None:
+    model: Any = build("resnet18", norm="bn_eval", out_features=["c3"]).double().train()
+    randomise_norms(model)
+    freeze_norms(model.layer2[0].bn1)
+    images, gradients = torch.randn(1, 3, 64, 64, dtype=torch.float64), []
+    for is_on in (False, True):
+        model.zero_grad()
+        with engine_enabled(is_on):
+            loss(model, images).backward()  # type: ignore[no-untyped-call]
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    plain, ours = gradients
+    assert len(calls) == 5
+    assert "layer2.0.bn1.weight" not in ours
+    assert plain.keys() == ours.keys()
+    assert max(relative_error(ours[key], plain[key]) for key in plain) < 1e-9
 
 
 @pytest.mark.engine
