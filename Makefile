@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make demo WEIGHTS=IMAGENET1K_V2
 WEIGHTS ?=
 
-.PHONY: demo train-demo test test-slow test-plain test-oldest docs check bench format schema clean
+.PHONY: demo train-demo test test-slow test-plain test-oldest test-mmdet docs check bench format schema clean
 .DELETE_ON_ERROR:
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
@@ -80,6 +80,18 @@ $(OLDEST)/test.stamp: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/test.stamp
 	$(OLDEST)/bin/pytest $(PYTEST) $(CORE) tests/engine
 
+MMDET := .venv-mmdet
+$(MMDET)/test.stamp: pyproject.toml constraints.txt constraints-mmdet.txt
+	$(PYTHON) -m venv $(MMDET)
+	$(MMDET)/bin/pip install --quiet --constraint constraints.txt --constraint constraints-mmdet.txt \
+		--editable '.[mmdet,timm]' mmcv-lite mmdet pytest pytest-xdist
+	touch $@
+
+# mmdetection, which wants an mmcv of its choice, in a .venv of its own.
+test-mmdet: $(MMDET)/test.stamp
+	$(MMDET)/bin/pytest $(PYTEST) tests/hosts/test_mmdetection.py tests/hosts/test_mmdetection_absent.py \
+		tests/hosts/test_matrix.py -k mmdet
+
 $(VENV)/docs.stamp: $(VENV)/core.stamp
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
@@ -117,4 +129,4 @@ schema: $(VENV)/core.stamp
 		print(s(DetectorConfig), end="")' > configs/detectors/schema.json
 
 clean:
-	rm -rf $(VENV) $(OLDEST) out build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(MMDET) out build *.egg-info

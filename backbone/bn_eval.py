@@ -40,6 +40,16 @@ class EvalBatchNorm2d(nn.Module):
         """Features (N, C, ...), of any number of dimensions -> the same shape and dtype, also under autocast."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
+    def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what scale and shift are computed from, besides ``eps``; the first two train."""
+        return self.weight, self.bias, self.running_mean, self.running_var
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Return (C,), (C,) with ``output = input * scale + shift``, in float32 or better, and with gradients."""
+        dtype = torch.promote_types(self.running_var.dtype, torch.float32)
+        scale = self.weight.to(dtype) * torch.rsqrt(self.running_var.to(dtype) + self.eps)
+        return scale, torch.addcmul(self.bias.to(dtype), self.running_mean.to(dtype), scale, value=-1)
+
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode; children, such as an activation, follow ``mode``."""
         super().train(mode)

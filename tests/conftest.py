@@ -72,6 +72,7 @@ SLOW = {
     "providers/test_timm_fused.py::test_pickled_and_compiled_models_give_the_same",
     "test_docs.py",
     "tools/test_benchmark.py",
+    "tools/test_benchmark_transformers.py::test_a_small_run_times_all_that_agree",
     "training/test_malformed_data.py",
     "training/test_run_endings.py",
     "training/test_train.py::test_killed_run_goes_on_to_the_same_bytes",

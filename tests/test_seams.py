@@ -600,15 +600,16 @@ SPOILT = ("image", "infinite image", "convolution", "projection", "stem", "norm"
 
 @pytest.mark.engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["training", "frozen", "copy", "copy of a batch norm"])
+@pytest.mark.parametrize("kind", ["training", "training bn_eval", "frozen", "copy", "copy of a batch norm"])
 @pytest.mark.parametrize("where", SPOILT)
 def test_nan_shows_in_the_features_as_without_the_engine(where: str, kind: str, dtype: torch.dtype) -> None:
-    model: nn.Module = build("resnet18", norm="bn" if kind == "copy of a batch norm" else "frozen_bn").eval()
+    norms = {"training bn_eval": "bn_eval", "copy of a batch norm": "bn"}
+    model: nn.Module = build("resnet18", norm=norms.get(kind, "frozen_bn")).eval()
     randomise_norms(model)
     images = _spoil(model, IMAGES, where)
     if "copy" in kind:
         model = optimize_for_inference(model, dtype=dtype)
-    with torch.set_grad_enabled(kind == "training"), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with torch.set_grad_enabled("training" in kind), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         for _ in range(3):  # a copy prepares its weights when a shape comes again
             found = model(images)
         with engine_enabled(False):

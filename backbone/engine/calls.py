@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
+from backbone.bn_eval import EvalBatchNorm2d
 from backbone.engine import switch, torch_internals
 from backbone.norm import FrozenBatchNorm2d
 
@@ -18,11 +19,12 @@ _OWNED: Final = tuple(
         nn.MaxPool2d: ("__call__", "forward"),
         nn.Sequential: ("__call__", "forward"),
         FrozenBatchNorm2d: ("forward",),
-        F: ("conv2d", "relu", "max_pool2d"),
+        EvalBatchNorm2d: ("forward",),
+        F: ("batch_norm", "conv2d", "relu", "max_pool2d"),
     }.items()
     for name in names
 )
-"""What torch's own modules do, and our norm. A tool that counts or explains may put something else in its place."""
+"""What torch's own modules do, and our norms. A tool that counts or explains may put something else in its place."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,11 +1,14 @@
 """Convolution, frozen norm, residual and ReLU as one operation: why we are fast.
 
-A frozen norm is a constant scale and shift per channel, so ``conv(x, w) * scale + shift = conv(x, w * scale) + shift``:
-it never needs a pass over activations. ``decide`` answers, once per call of a block, which way it goes:
+A norm with fixed statistics is a scale and a shift per channel: ``conv(x, w) * scale + shift`` equals
+``conv(x, w * scale) + shift``. It never needs a pass over activations. ``decide`` answers, once per call of a block,
+which way it goes:
 
-* PLAIN where the norm trains, the call is traced, somebody watches or ``x`` is not finite: the modules are called;
+* PLAIN where a norm's statistics move, the call is traced, somebody watches or ``x`` is not finite: the modules are
+  called;
 * GRADIENT where a gradient is needed: one autograd node that saves no folded weight (gradient.py);
-* FUSED where none is: one kernel a layer (kernels.py), on folded weights that are never out of date (cached.py);
+* FUSED where none is and norms are frozen: one kernel a layer (kernels.py), on folded weights that are never out of
+  date (cached.py);
 * FOLDED in an inference copy: one kernel a layer, on the layers' own weights (folded.py).
 
 The functions return None for PLAIN: the caller, an ordinary ``forward``, then calls its modules.
@@ -18,6 +21,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from backbone.bn_eval import EvalBatchNorm2d
 from backbone.engine import torch_internals
 from backbone.engine.cached import drop, unless_changed
 from backbone.engine.calls import (
@@ -75,15 +79,17 @@ def decide(x: Tensor, layers: Sequence[Layer], activations: Sequence[nn.Module],
         if type(activation) is not nn.ReLU or has_hook(activation):
             return Path.PLAIN
     is_folded = type(layers[0][0]) is FoldedConv2d
-    is_known = _is_folded if is_folded else _is_frozen
+    is_known = _is_folded if is_folded else _is_fixed
     if not all(is_known(conv, norm, x, ends_in_act) for conv, norm in layers):
         return Path.PLAIN
     if not is_finite(x):
         return Path.PLAIN
     if is_folded:
         return Path.FOLDED if all(conv.is_finite() for conv, _ in layers) else Path.PLAIN  # type: ignore[operator]
-    if not needs_grad(x, *[conv.weight for conv, _ in layers]):  # type: ignore[arg-type]
-        return Path.FUSED
+    trained = [norm for _, norm in layers if type(norm) is EvalBatchNorm2d]
+    affine = [parameter for norm in trained for parameter in (norm.weight, norm.bias)]
+    if not needs_grad(x, *[conv.weight for conv, _ in layers], *affine):  # type: ignore[arg-type]
+        return Path.PLAIN if trained else Path.FUSED
     return Path.GRADIENT if torch_internals.HAS_GRADIENT else Path.PLAIN
 
 
@@ -196,7 +202,9 @@ def _projection(shortcut: nn.Module | None) -> tuple[nn.Module | None, Layer | N
 
 
 def _ending(norm: nn.Module) -> type[nn.Module]:
-    """The class of what follows scale and shift in a frozen norm, or is left of the norm by folding."""
+    """The class of what follows scale and shift in a norm, or is left of the norm by folding."""
+    if type(norm) is EvalBatchNorm2d:
+        return nn.Identity
     return type(norm.remainder()) if isinstance(norm, FrozenBatchNorm2d) else type(norm)
 
 
@@ -212,9 +220,11 @@ def _is_folded(conv: nn.Module, norm: nn.Module, x: Tensor, ends_in_act: bool) -
     )
 
 
-def _is_frozen(conv: nn.Module, norm: nn.Module, x: Tensor, ends_in_act: bool) -> bool:
+def _is_fixed(conv: nn.Module, norm: nn.Module, x: Tensor, ends_in_act: bool) -> bool:
     """Whether nobody would notice that convolution and norm, and a ReLU in the norm, are not called."""
-    if type(conv) is not nn.Conv2d or not is_frozen_form(norm):  # a parametrized one is of another class
+    if type(conv) is not nn.Conv2d:  # a parametrized one is of another class
+        return False
+    if not (is_frozen_form(norm) or type(norm) is EvalBatchNorm2d):
         return False
     weight = conv.weight
     return (
@@ -274,13 +284,14 @@ def _block_with_gradient(x: Tensor, pooled: Tensor, layers: Sequence[Layer], pro
 def _with_gradient(
     x: Tensor, residual: Tensor | None, layers: Sequence[Layer], shortcut: Sequence[Layer] | None, *, relu: bool = True
 ) -> Tensor | None:
-    """Compute frozen layers as one autograd node; what inference kept of them no longer serves."""
-    frozen: Any = layers, shortcut
+    """Compute layers as one autograd node; what inference kept of them no longer serves."""
+    known: Any = layers, shortcut
     for _, norm in (*layers, *(shortcut or ())):
-        drop(norm, FOLDED_WEIGHT)  # type: ignore[arg-type]
+        if isinstance(norm, FrozenBatchNorm2d):
+            drop(norm, FOLDED_WEIGHT)
     x = x.to(compute_dtype(x))
     residual = residual if residual is None else residual.to(x.dtype)
-    return with_gradient(x, residual, *frozen, relu=relu)
+    return with_gradient(x, residual, *known, relu=relu)
 
 
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> _Folded:

@@ -15,7 +15,7 @@ from backbone.features import Features
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     images: Tensor
-    features: Features
+    features: object
 
 
 class GraphedExtractor(nn.Module):
@@ -27,8 +27,8 @@ class GraphedExtractor(nn.Module):
     as ``feature_specs``, is found here too.
 
     Args:
-        extractor: Backbone, or backbone with pyramid: images (N, C, H, W) -> dict of feature maps. Loading a state
-            dict here and moving it capture anew; any other change of its weights must not happen.
+        extractor: Backbone, or backbone with pyramid: images (N, C, H, W) -> dict, list or tuple of feature maps.
+            Loading a state dict here and moving it capture anew; any other change of its weights must not happen.
         max_shapes: Number of image shapes whose graphs are kept; the one used longest ago goes first.
     """
 
@@ -54,7 +54,7 @@ class GraphedExtractor(nn.Module):
             self._graphs.move_to_end(key)
             graph.images.copy_(images)
             graph.graph.replay()
-            return {name: feature.clone() for name, feature in graph.features.items()}
+            return _cloned(graph.features)  # type: ignore[return-value]
 
     def _captured(self, key: object, images: Tensor) -> _Graph:
         """Capture a graph for images like these, and forget the one used longest ago where there are too many."""
@@ -100,6 +100,15 @@ class GraphedExtractor(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_graphs": OrderedDict(), "_turn": _Turn()}  # these can be neither copied nor pickled
+
+
+def _cloned(features: object) -> object:
+    """Return copies of feature maps, in the container they came in."""
+    if isinstance(features, dict):
+        return {name: _cloned(feature) for name, feature in features.items()}
+    if isinstance(features, list | tuple):
+        return type(features)(_cloned(feature) for feature in features)
+    return features.clone() if isinstance(features, Tensor) else features
 
 
 class _Turn:

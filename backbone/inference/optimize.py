@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from backbone.engine.calls import has_hook, has_hook_within, is_plain
 from backbone.engine.folded import FoldedConv2d, QuickLinear
 from backbone.engine.known import pairs_of, runs_in_order
+from backbone.inference.extractors import find_extractors, replace_everywhere, returns_features
 from backbone.inference.foreign_norms import frozen_eps, what_follows
 from backbone.inference.graphs import GraphedExtractor
 from backbone.inference.reparameterize import reparameterize
@@ -30,7 +31,7 @@ class Optimization:
         prepared: Number of other convolutions whose weights are kept in their kernel's layout.
         kept: Names of norm layers that stay, because they depend on the input (GroupNorm and the like) or follow
             no convolution.
-        dtype: What the backbone computes in.
+        dtype: What the feature extractors compute in.
         linear: Number of linear layers that run by oneDNN in float32 on a CPU with AVX-512, and as before elsewhere.
     """
 
@@ -56,21 +57,21 @@ def optimize_for_inference(
 
     Batch norms, frozen or not, are folded into the convolution before them, and each block ends in one fused kernel. On
     the CPU weights are packed and linear layers run by oneDNN. It takes a bare backbone, a backbone with its pyramid,
-    or a whole detector whose feature extractor is its ``backbone`` attribute (torchvision, detectron2, transformers).
-    Convolutions and norms with hooks stay as they are. Neighbours in an ``nn.Sequential`` are taken to run one after
-    the other, and nowhere else.
+    or a whole detector or segmenter. Its feature extractors are its ``backbone`` attribute and the backbones of this
+    package in it, wherever its library keeps them. Convolutions and norms with hooks stay as they are. Neighbours in an
+    ``nn.Sequential`` are taken to run one after the other, and nowhere else.
 
     Args:
         model: The model, with its final weights. Those of the copy may be loaded anew, moved or edited in place under
             ``torch.no_grad()``, the latter without ``cuda_graphs``; edits through ``.data`` go unseen. On CUDA they are
             prepared by the first calls: let those finish before others run on another stream.
-        dtype: What the feature extractor computes in, such as torch.bfloat16; the weights' own dtype by default.
+        dtype: What the feature extractors compute in, such as torch.bfloat16; the weights' own dtype by default.
             Images may stay float32. A bare backbone returns features in this dtype; inside a detector they are cast
             back, so that the heads run as before.
         keep_weights: Whether the plain weights stay beside those in their kernels' layout. Without them a copy takes
             about the memory of the model, and a few per cent more time on the CPU; ``weight`` and the state dict are
             still there, unpacked for who asks.
-        cuda_graphs: Whether the feature extractor is replayed as one CUDA graph per image shape: worth it for few
+        cuda_graphs: Whether each feature extractor is replayed as one CUDA graph per image shape: worth it for few
             shapes and small batches, where launching kernels takes longer than running them.
 
     Raises:
@@ -79,11 +80,6 @@ def optimize_for_inference(
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None, got {dtype}")
     model = _without_graphs(_copied(model).eval())
-    extractor = getattr(model, "backbone", None)
-    if isinstance(extractor, nn.Module):
-        extractor = model.backbone = _without_graphs(extractor)
-    else:
-        extractor = model
     reparameterize(model)
     folded = sum(_fold_norms(module, keep_weights) for module in list(model.modules()))
     prepared = _prepare(model, keep_weights)
@@ -93,21 +89,22 @@ def optimize_for_inference(
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.__class__ = QuickLinear
+    extractors = find_extractors(model)
     if dtype is not None:
-        _compute_in(dtype, extractor, casts_back=extractor is not model)
+        for extractor in extractors:
+            _compute_in(dtype, extractor, casts_back=not returns_features(model))
     model.requires_grad_(False)
+    model.eval()  # adapters that list their parameters forget those that were folded
     if cuda_graphs and not torch.cuda.is_available():
         warnings.warn(
             "cuda_graphs=True needs a CUDA device, and torch sees none here: until the copy is moved to one it runs "
             "without graphs; leave it out for a CPU",
             stacklevel=2,
         )
-    if cuda_graphs and extractor is model:
-        model = GraphedExtractor(model)
-    elif cuda_graphs:
-        model.backbone = GraphedExtractor(extractor)
+    if cuda_graphs:
+        model = replace_everywhere(model, {extractor: GraphedExtractor(extractor) for extractor in extractors})
     kept = tuple(name for name, module in model.named_modules() if _is_norm(module))
-    computes_in = next((parameter.dtype for parameter in extractor.parameters()), dtype or torch.float32)
+    computes_in = next((parameter.dtype for parameter in extractors[0].parameters()), dtype or torch.float32)
     model.optimization = Optimization(folded, prepared, kept, computes_in, len(layers))  # type: ignore[assignment]
     _log.info("%s: %s", type(model).__name__, model.optimization)
     return model
@@ -119,8 +116,9 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
 
 
-def _without_graphs(module: nn.Module) -> nn.Module:
-    return module.extractor if isinstance(module, GraphedExtractor) else module
+def _without_graphs(model: nn.Module) -> nn.Module:
+    graphed = [module for module in model.modules() if isinstance(module, GraphedExtractor)]
+    return replace_everywhere(model, {module: module.extractor for module in graphed})
 
 
 def _fold_norms(parent: nn.Module, keep_weights: bool) -> int:

@@ -185,6 +185,15 @@ def test_a_training_step_keeps_devices_and_dtypes(name: str, dtype: torch.dtype,
 
 
 @every_dtype
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_training_step_with_norms_that_train_does_so_too(name: str, dtype: torch.dtype, flow: Flow) -> None:
+    network = on_cuda(lambda: build(name, norm="bn_eval", freeze_at=2).train())
+    with autocast(dtype):
+        expect(flow, name, network(images()), dtype)
+    assert {id(p) for p in network.parameters() if p.requires_grad and p.ndim == 4} < flow.trained
+
+
+@every_dtype
 @every_network
 @torch.no_grad()
 def test_inference_keeps_devices_and_dtypes(name: str, dtype: torch.dtype, flow: Flow) -> None:

@@ -1,9 +1,10 @@
 """Every kind of backbone and every host: what tests/hosts/test_matrix.py trains, and the table in docs/matrix.md.
 
-python tests/hosts/matrix.py > docs/matrix.md
+python tests/hosts/matrix.py --write  # writes the page; without it, prints it
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 BACKBONES = {
     "ResNet-50": "resnet50",
-    "ResNet-50-D": "timm/resnet50d",
+    "ResNet-50-D": "resnet50d",
     "ConvNeXt of timm": "timm/convnext_atto",
     "RegNet of timm": "timm/regnetx_002",
     "a plugin": "tiny_pyramid_net",
@@ -78,17 +79,20 @@ def in_detectron2(_detector: str, backbone: str) -> Cell:
     return Cell(model, loss, lambda: model(inputs))
 
 
-def in_transformers(_detector: str, backbone: str) -> Cell:
+def in_transformers(detector: str, backbone: str) -> Cell:
     transformers: Any = pytest.importorskip("transformers", reason="transformers is an extra: transformers")
     pytest.importorskip("scipy", reason="transformers matches boxes with scipy")
     host: Any = pytest.importorskip("backbone.hosts.transformers")
-    body = host.TransformersBackboneConfig({"name": backbone, "norm": "frozen_bn", "freeze_at": FREEZE_AT})
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 5, "num_labels": 3}
-    feed = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    model = transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=body, **sizes, **feed))
-    images = torch.randn(2, 3, SIDE, SIDE)
-    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.4, 0.3, 0.5]])}] * 2
-    return Cell(model, lambda: model(images, labels=labels).loss, lambda: model(images).pred_boxes.shape)
+    from transformers_detectors import DETECTORS, images
+
+    wanted = DETECTORS[detector]
+    settings = {"name": backbone, "norm": wanted.norm, "freeze_at": FREEZE_AT}
+    body = host.TransformersBackboneConfig(settings, out_features=wanted.features)
+    sizes = dict(wanted.settings)
+    if "encoder_in_channels" in sizes:
+        sizes["encoder_in_channels"] = host.TransformersBackbone(body).channels
+    model = wanted.model_class(getattr(transformers, wanted.config)(backbone_config=body, **sizes))
+    return Cell(model, lambda: model(images(), **wanted.labels()).loss, lambda: model(images()))
 
 
 def in_smp(architecture: str, backbone: str) -> Cell:
@@ -140,13 +144,14 @@ def in_mmdetection(detector: str, backbone: str) -> Cell:
     return Cell(model, loss, lambda: model(images, copy.deepcopy(samples), mode="predict"))
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
 HOSTS: dict[str, tuple[Callable[[str, str], Cell], dict[str, str]]] = {
     "torchvision": (
         in_torchvision,
         {"faster_rcnn": "Faster R-CNN", "retinanet": "RetinaNet", "deeplabv3": "DeepLabV3"},
     ),
     "detectron2": (in_detectron2, {"faster_rcnn": "Faster R-CNN"}),
-    "transformers": (in_transformers, {"detr": "DETR"}),
+    "transformers": (in_transformers, {"detr": "DETR", "rt_detr": "RT-DETR", "mask2former": "Mask2Former"}),
     "segmentation_models_pytorch": (in_smp, {"Unet": "Unet", "FPN": "FPN", "UPerNet": "UPerNet"}),
     "mmdetection": (in_mmdetection, {"retinanet": "RetinaNet", "faster-rcnn": "Faster R-CNN"}),
 }
@@ -158,8 +163,8 @@ def table() -> str:
     lines = [
         "# Backbones and hosts",
         "",
-        "Each cell is a test: the model trains for a step with the stem and C2 frozen, and predicts. Generated from",
-        "`tests/hosts/matrix.py`, which the tests run.",
+        "Each cell is a test: the model trains for a step with the stem and C2 frozen, and predicts. Written by",
+        "`python tests/hosts/matrix.py --write` from what the tests run.",
         "",
         f"| backbone | {' | '.join(HOSTS)} |",
         f"|---|{'---|' * len(HOSTS)}",
@@ -170,4 +175,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(table())
+    else:
+        print(table(), end="")

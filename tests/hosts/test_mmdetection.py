@@ -377,6 +377,22 @@ def test_a_whole_detector_is_optimised_for_inference() -> None:
             assert relative_error(a, b) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:cuda_graphs=True needs a CUDA device")
+@torch.no_grad()
+def test_the_backbone_computes_in_bfloat16_and_neck_and_head_in_float() -> None:
+    ours: Any = pair("retinanet")[1]
+    images, samples = batch()
+    fast: Any = optimize_for_inference(ours.eval(), dtype=torch.bfloat16, cuda_graphs=True)
+    assert {parameter.dtype for parameter in fast.backbone.parameters()} == {torch.bfloat16}
+    others = (fast.neck, fast.bbox_head)
+    assert {parameter.dtype for part in others for parameter in part.parameters()} == {torch.float32}
+    assert fast.optimization.dtype == torch.bfloat16
+    for actual, expected in zip(fast.backbone(images), ours.backbone(images), strict=True):
+        assert actual.dtype == torch.float32
+        assert 1e-5 < relative_error(actual, expected) < 3e-2
+    assert len(fast(images, samples, mode="predict")) == 2
+
+
 @pytest.mark.parametrize("name", ["timm/convnext_atto", "timm/regnetx_002"])
 def test_other_backbones_train_and_predict_in_a_detector(name: str) -> None:
     settings = base("retinanet")

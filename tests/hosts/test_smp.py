@@ -15,6 +15,7 @@ from conftest import build, randomise_norms, relative_error
 from torch import Tensor, nn
 
 from backbone import BackboneConfig, freeze_report, freeze_stages, optimize_for_inference
+from backbone.inference.graphs import GraphedExtractor
 from backbone.norm import FrozenBatchNorm2d
 
 smp: Any = pytest.importorskip("segmentation_models_pytorch", reason="segmentation_models_pytorch is an extra: smp")
@@ -324,6 +325,32 @@ def test_the_whole_segmenter_is_optimised_for_inference(architecture: str) -> No
     assert fast.optimization.folded >= 20  # type: ignore[union-attr, operator]
     with torch.no_grad():
         assert relative_error(fast(images), model(images)) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["Unet", "FPN", "DeepLabV3"])
+@torch.no_grad()
+def test_the_encoder_computes_in_bfloat16_and_the_decoder_in_float(architecture: str) -> None:
+    model = getattr(smp, architecture)("backbone-resnet18", encoder_weights=None, classes=3).eval()
+    randomise_norms(model)
+    fast: Any = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in fast.encoder.parameters()} == {torch.bfloat16}
+    others = (fast.decoder, fast.segmentation_head)
+    assert {parameter.dtype for part in others for parameter in part.parameters()} == {torch.float32}
+    assert (fast.optimization.dtype, fast.optimization.folded >= 20) == (torch.bfloat16, True)
+    images = torch.randn(1, 3, 64, 64)
+    masks = fast(images)
+    assert masks.dtype == torch.float32
+    assert 1e-5 < relative_error(masks, model(images)) < 5e-2
+
+
+@pytest.mark.filterwarnings("ignore:cuda_graphs=True needs a CUDA device")
+@torch.no_grad()
+def test_the_encoder_is_what_cuda_graphs_replay() -> None:
+    model, images = smp.Unet("backbone-resnet18", encoder_weights=None).eval(), torch.randn(1, 3, 64, 64)
+    fast: Any = optimize_for_inference(model, cuda_graphs=True)
+    assert isinstance(fast.encoder, GraphedExtractor)
+    assert relative_error(fast(images), model(images)) < 1e-4
+    assert fast.predict(images).shape == (1, 1, 64, 64)
 
 
 def test_dpt_is_refused_by_smp_itself() -> None:

@@ -19,7 +19,14 @@ from transformers import AutoBackbone, AutoConfig  # noqa: E402
 from transformers_detectors import DETECTORS, RESNET_18, boxes, images  # noqa: E402
 
 import backbone.hosts.transformers as host  # noqa: E402
-from backbone import BackboneConfig, FreezeSchedule, freeze_report, freeze_stages, optimize_for_inference  # noqa: E402
+from backbone import (  # noqa: E402
+    BackboneConfig,
+    FreezeSchedule,
+    build_backbone,
+    freeze_report,
+    freeze_stages,
+    optimize_for_inference,
+)
 from backbone.hosts.transformers import (  # noqa: E402
     TransformersBackbone,
     TransformersBackboneConfig,
@@ -90,6 +97,8 @@ def test_configuration_survives_its_json(given: Any, tmp_path: Path) -> None:
         (None, [1, 3], ["stage1", "stage3"]),
         (None, (-2, -1), ["stage3", "stage4"]),
         (["stage2"], [2], ["stage2"]),
+        (["stem", "stage1"], [0, 1], ["stem", "stage1"]),
+        (None, [0, 2], ["stem", "stage2"]),
     ],
 )
 def test_features_by_name_and_by_number(features: Any, indices: Any, expected: list[str]) -> None:
@@ -114,6 +123,8 @@ def test_features_of_the_backbones_own_keys_count() -> None:
         ({"out_features": ["stage5"]}, "must be a subset of stage_names"),
         ({"out_features": ["stage1", "stage2"], "out_indices": [0, 2]}, "should correspond to the same stages"),
         ({"out_features": ["stage2", "stage1"]}, "same order"),
+        ({"out_features": ["stage1", "stage1"]}, "must not contain any duplicates"),
+        ({"out_indices": [0, 5]}, "out_indices must be valid indices"),
         ({"backbone": {"name": "resnet18", "out_features": ["c5"]}, "out_features": ["stage1"]}, "must be given once"),
         ({"freeze_at": 2}, "freeze_at must be given in backbone"),
         ({"output_stride": 16}, "output_stride must be given in backbone"),
@@ -157,7 +168,7 @@ def test_pixel_values_is_the_first_argument() -> None:
     assert next(iter(inspect.signature(hosted("stage1").forward).parameters)) == "pixel_values"
 
 
-@pytest.mark.parametrize("features", [["stage1"], ["stage2", "stage4"], STAGES[1:]])
+@pytest.mark.parametrize("features", [["stem"], ["stage1"], ["stem", "stage2"], ["stage2", "stage4"], STAGES])
 def test_channels_are_those_of_the_maps(features: list[str]) -> None:
     model = hosted(*features)
     maps = model(images()).feature_maps
@@ -166,6 +177,30 @@ def test_channels_are_those_of_the_maps(features: list[str]) -> None:
     assert isinstance(maps, tuple)
     assert model.channels == [m.shape[1] for m in maps]
     assert [64 // m.shape[-1] for m in maps] == [2 ** (1 + STAGES.index(stage)) for stage in features]
+    assert model.out_indices == [STAGES.index(stage) for stage in features]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18d", "timm/resnet18d", "timm/regnetx_002"])
+@torch.no_grad()
+def test_the_stem_is_c1_of_the_backbone(name: str, tmp_path: Path) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    model = hosted("stem", "stage2", name=name, norm="frozen_bn", freeze_at=1).eval()
+    alone = build_backbone(name, norm="frozen_bn", out_features=["c1", "c3"]).eval()
+    alone.load_state_dict(model.network.state_dict())
+    expected = alone(images())
+    for hosted_model in (model, reloaded(model, tmp_path).eval()):
+        stem, stage2 = hosted_model(images()).feature_maps
+        assert stem.shape == (2, alone.feature_specs["c1"].channels, 32, 32)
+        assert torch.equal(stem, expected["c1"])
+        assert torch.equal(stage2, expected["c3"])
+    assert model.channels[0] == model.num_features[0] == alone.feature_specs["c1"].channels
+
+
+def test_a_network_without_a_map_at_stride_2_refuses_the_stem() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"must not name c1 \(stride 2\) for timm/convnext_atto"):
+        hosted("stem", name="timm/convnext_atto")
 
 
 def test_stages_beyond_the_last_feature_are_not_built() -> None:
@@ -177,15 +212,35 @@ def test_a_modified_configuration_gives_the_last_stage(attribute: str) -> None:
     modified = copy.deepcopy(config("stage1", "stage2"))
     setattr(modified, attribute, None)
     modified.use_pretrained_backbone = False
+    assert (modified.out_features, modified.out_indices) == (["stage4"], [4])
     model = TransformersBackbone(modified)
     assert (model.channels, len(model(images()).feature_maps)) == ([512], 1)
 
 
-def test_hidden_states_come_where_asked() -> None:
-    model = hosted("stage2", "stage3")
+def test_a_copied_configuration_builds_the_same() -> None:
+    given = config("stem", "stage3", norm="bn")
+    first: Any = TransformersBackbone(given)
+    second: Any = TransformersBackbone(copy.deepcopy(given))
+    assert first.channels == second.channels == [64, 256]
+    second.load_state_dict(first.state_dict())
+    assert all(map(torch.equal, first.eval()(images()).feature_maps, second.eval()(images()).feature_maps))
+
+
+def test_it_has_the_attributes_of_every_backbone() -> None:
+    model = hosted("stage1", "stage4")
+    assert model.backbone_type.value == "transformers"
+    assert (model.stage_names, model.out_features, model.out_indices) == (STAGES, ["stage1", "stage4"], [1, 4])
+    assert len(model.num_features) == len(model.out_feature_channels) == len(STAGES)
+    assert model.channels == [model.out_feature_channels[stage] for stage in model.out_features]
+
+
+@pytest.mark.parametrize("features", [["stage2", "stage3"], ["stem", "stage1"], STAGES])
+def test_hidden_states_come_where_asked_one_for_each_feature(features: list[str]) -> None:
+    model = hosted(*features)
     plain, asked = model(images()), model(images(), output_hidden_states=True)
     assert (plain.hidden_states, plain.attentions) == (None, None)
-    assert {id(m) for m in asked.feature_maps} <= {id(m) for m in asked.hidden_states}
+    assert [m.shape for m in asked.hidden_states] == [m.shape for m in plain.feature_maps]
+    assert all(map(torch.equal, asked.hidden_states, plain.feature_maps))
     model.config.output_hidden_states = True
     assert model(images()).hidden_states is not None
 

@@ -124,6 +124,24 @@ def test_a_model_of_timms_is_compared_with_timm(tool: Any, tmp_path: Path) -> No
     assert record["absent"] == {"torchvision": "takes part with torchvision's models only"}
 
 
+@pytest.mark.usefixtures("quick")
+def test_norms_that_train_are_compared_in_training(tool: Any, tmp_path: Path) -> None:
+    arguments = ("--workload", "train", "--norms-train", "--peers", "torchvision,timm,detectron2")
+    output = run(tool, *arguments, "--json", str(tmp_path / "results.json"))
+    assert output.exit_code == 0, output.output
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    ours, torchvision, timm = record["contenders"]
+    assert [ours["name"], torchvision["name"], timm["name"]] == ["ours", "torchvision", "timm"]
+    assert ours["memory"] < 0.7 * torchvision["memory"]  # the norms' inputs are not kept
+    assert "detectron2" in record["absent"]
+
+
+def test_norms_train_in_training_alone(tool: Any) -> None:
+    output = run(tool, "--norms-train")
+    assert output.exit_code == 2
+    assert "--norms-train concerns training alone" in " ".join(output.output.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
     python tools/benchmark.py --image-size 480 640
     python tools/benchmark.py --workload train --image-size 512 512 --dtype float32 --dtype bfloat16
+    python tools/benchmark.py --workload train --norms-train --image-size 512 512 --peers torchvision,timm
     python tools/benchmark.py --name timm/regnetx_032 --peers timm
     python tools/benchmark.py --device cuda --workload infer --workload train --batch 1 --batch 8 --dtype bfloat16
 
@@ -286,6 +287,9 @@ def main(
     compile_peers_at: Annotated[
         list[int] | None, typer.Option(help="Batches at which to compile torchvision; repeatable.  [default: all]")
     ] = None,
+    norms_train: Annotated[
+        bool, typer.Option("--norms-train", help="In training, weight and bias behind fixed statistics (bn_eval).")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     json_file: Annotated[Path | None, typer.Option("--json", help="List of results to append to.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Bar chart (PNG).")] = None,
@@ -308,10 +312,12 @@ def main(
                 f"timm's models must be of its modules {', '.join(TIMM_FAMILIES)}, got {', '.join(others)}; take one "
                 "of its ResNets, ResNeXts or RegNets"
             )
+    if norms_train and set(workload or [Workload.INFER]) != {Workload.TRAIN}:
+        raise typer.BadParameter("--norms-train concerns training alone: add --workload train, and no other")
     records: list[dict[str, Any]] = []
     dtypes, workloads = dtype or [DtypeName.FLOAT32], workload or [Workload.INFER]
     for settings in itertools.product(workloads, name or ["resnet50"], dtypes, batch or [1]):
-        case = Case(settings[0], settings[1], settings[3], *image_size, settings[2], device)
+        case = Case(settings[0], settings[1], settings[3], *image_size, settings[2], device, norms_train)
         # Every contender gets cuDNN's best algorithm for its shapes, and float32 means float32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             result = run_case(case, chosen, compile_peers_at or [], rounds)

@@ -112,7 +112,7 @@ def inference(
 def training(case: Case, name: str, network: nn.Module, call: Callable[..., object]) -> Contender:
     """Make a contender of forward and backward, from given gradients of the features; stem and C2 are frozen."""
     images = images_of(case)
-    trainable = trainable_names(case.name)
+    trainable = trainable_names(case.name, case.norm)
     names = {} if case.name.startswith(TIMM) else {to_detectron2(key): key for key in trainable}
     found = {key.removeprefix("network."): parameter for key, parameter in network.named_parameters()}
     parameters = {names.get(key, key): parameter for key, parameter in found.items()}

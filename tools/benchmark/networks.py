@@ -17,6 +17,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 from backbone import Backbone, BackboneConfig, build_backbone
+from backbone.config import NormName
 
 FREEZE_AT = 2  # stem and C2, as detectors are trained
 TIMM = "timm/"  # begins the name of a model of timm's, which is compared with timm alone
@@ -52,7 +53,11 @@ class NotHere(Exception):  # noqa: N818 - not an error: the reason stands in the
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark: the network, its images (sizes in pixels) and where it runs."""
+    """One benchmark: the network, its images (sizes in pixels) and where it runs.
+
+    Attributes:
+        norms_train: Whether weight and bias of the norms train behind their fixed statistics, in a training step.
+    """
 
     workload: Workload
     name: str
@@ -61,10 +66,12 @@ class Case:
     width: int
     dtype_name: DtypeName
     device: DeviceName
+    norms_train: bool = False
 
     def __str__(self) -> str:
         size = f"{self.batch}x3x{self.height}x{self.width}"
-        return f"{self.workload} {self.name}, {size}, {self.dtype_name}, {self.device}"
+        norms = ", norms train" if self.norms_train else ""
+        return f"{self.workload} {self.name}, {size}, {self.dtype_name}, {self.device}{norms}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,6 +89,11 @@ class Case:
         return self.workload is Workload.TRAIN
 
     @property
+    def norm(self) -> NormName:
+        """Our norm."""
+        return "bn_eval" if self.norms_train else "frozen_bn"
+
+    @property
     def memory_format(self) -> torch.memory_format:
         """channels_last on CUDA and in training; inference on the CPU is given images as they are loaded."""
         last = self.device is DeviceName.CUDA or self.is_train
@@ -92,8 +104,12 @@ class Case:
         return torch.autocast(self.device, self.dtype, enabled=self.is_half)
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Move ``network`` to the device, in the case's memory format and mode."""
-        return network.to(self.device).to(memory_format=self.memory_format).train(self.is_train)
+        """Move ``network`` to the device, in the case's memory format and mode; norms stay in evaluation mode."""
+        network = network.to(self.device).to(memory_format=self.memory_format).train(self.is_train)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return network
 
 
 def in_float32(case: Case) -> Case:
@@ -137,22 +153,23 @@ def state_of(name: str) -> dict[str, Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def trainable_names(name: str) -> frozenset[str]:
-    """Which parameters of ``state_of`` a training step moves: those behind stem and C2, without the frozen norms."""
-    parameters = frozen_backbone(name, FREEZE_AT).named_parameters()
+def trainable_names(name: str, norm: NormName) -> frozenset[str]:
+    """Which parameters of ``state_of`` a training step moves: those behind stem and C2, without frozen norms."""
+    parameters = frozen_backbone(name, FREEZE_AT, norm).named_parameters()
     return frozenset(key.removeprefix("network.") for key, parameter in parameters if parameter.requires_grad)
 
 
-def frozen_backbone(name: str, freeze_at: int) -> Backbone:
+def frozen_backbone(name: str, freeze_at: int, norm: NormName) -> Backbone:
     """Ours, as a user builds it."""
-    return build_backbone(BackboneConfig(name=name, freeze_at=freeze_at))
+    return build_backbone(BackboneConfig(name=name, freeze_at=freeze_at, norm=norm))
 
 
 def torchvision_network(case: Case) -> nn.Module:
     """C2 to C5 by torchvision's own getter, with its own frozen norms."""
     if case.name.startswith(TIMM):
         raise NotHere("takes part with torchvision's models only")
-    network = torchvision.models.get_model(case.name, norm_layer=FrozenBatchNorm2d)
+    norm = nn.BatchNorm2d if case.norms_train else FrozenBatchNorm2d
+    network = torchvision.models.get_model(case.name, norm_layer=norm)
     getter = IntermediateLayerGetter(network, return_layers={f"layer{n}": f"c{n + 1}" for n in range(1, 5)})
     getter.load_state_dict(state_of(case.name))
     return case.place(getter)
@@ -160,7 +177,7 @@ def torchvision_network(case: Case) -> nn.Module:
 
 def our_network(case: Case) -> nn.Module:
     """Ours, as a user builds it, or the detector around it."""
-    network = frozen_backbone(case.name, FREEZE_AT if case.is_train else 0)
+    network = frozen_backbone(case.name, FREEZE_AT if case.is_train else 0, case.norm)
     network.load_state_dict(
         {f"network.{k}" if case.name.startswith(TIMM) else k: v for k, v in state_of(case.name).items()}
     )
@@ -172,7 +189,7 @@ def timm_network(case: Case) -> nn.Module:
     network = timm_features(case.name)
     network.load_state_dict(state_of(case.name))
     freeze_norms = import_peer("timm.layers").freeze_batch_norm_2d
-    return case.place(freeze_norms(network) if case.is_train else network)
+    return case.place(freeze_norms(network) if case.is_train and not case.norms_train else network)
 
 
 def timm_features(name: str) -> nn.Module:
@@ -185,6 +202,8 @@ def detectron2_network(case: Case) -> nn.Module:
     """Detectron2's ResNet with its own frozen norms and torchvision's place of the stride."""
     if case.name.startswith(TIMM):
         raise NotHere("takes part with torchvision's models only")
+    if case.norms_train:
+        raise NotHere("its norms are frozen, or move their statistics")
     resnet, config = import_peer("detectron2.modeling.backbone.resnet"), import_peer("detectron2.config")
     cfg = config.get_cfg()
     cfg.MODEL.RESNETS.DEPTH = int(case.name.removeprefix("resnet"))

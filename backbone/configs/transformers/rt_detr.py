@@ -3,7 +3,8 @@
     python tools/make_shapes_dataset.py --out out/shapes
     python configs/transformers/rt_detr.py --data out/shapes --out out/rt_detr --weights out/train-demo/backbone.pth
 
-The small model here is for the drawn shapes and a CPU; without --weights its backbone starts from scratch. For real work take a published checkpoint:
+The small model here is for the drawn shapes and a CPU; without --weights its backbone starts from scratch. For real
+work take a published checkpoint:
 
     RTDetrForObjectDetection.from_pretrained("PekingU/rtdetr_r50vd", config=...)
 

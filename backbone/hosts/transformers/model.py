@@ -15,8 +15,10 @@ from transformers.utils.generic import can_return_tuple
 from backbone.builder import build_backbone, construct
 from backbone.config import BackboneConfig
 from backbone.features import Backbone
+from backbone.features import find_backbone as network_in
 from backbone.freeze import freeze_stages
 from backbone.hosts.transformers.configuration import FEATURES, STAGES, TransformersBackboneConfig
+from backbone.hosts.transformers.heads import register_heads
 from backbone.hosts.transformers.norms import keep_own_norms, own_norms
 from backbone.norm import FrozenBatchNorm2d
 from backbone.stages import STAGE_NAMES
@@ -53,6 +55,7 @@ class TransformersBackbone(BackboneMixin, PreTrainedModel):
 
     def __init__(self, config: TransformersBackboneConfig) -> None:
         super().__init__(config)
+        register_heads()
         _refuse_detectors_dilation(config)
         plan = config.plan()
         self._awaits_weights = torch.empty(0).is_meta  # from_pretrained builds there and brings the weights
@@ -77,8 +80,8 @@ class TransformersBackbone(BackboneMixin, PreTrainedModel):
 
         Args:
             pixel_values: The images.
-            output_hidden_states: Whether the maps of all stages that are built are returned as well; the stem's only
-                where it is among ``out_features``.
+            output_hidden_states: Whether ``hidden_states`` are returned as well: the same maps, for a network of this
+                package gives none but those of ``out_features``.
             output_attentions: Must not be true.
             return_dict: False for a plain tuple.
 
@@ -111,8 +114,9 @@ class TransformersBackbone(BackboneMixin, PreTrainedModel):
             self._settle()
 
     def _settle(self) -> None:
-        self._uncounted.update(keep_own_norms(self.network, self._own_norms))
-        self._frozen = list(_frozen_parameters(self.network))
+        network = network_in(self.network)  # CUDA graphs may stand around it
+        self._uncounted.update(keep_own_norms(network, self._own_norms))
+        self._frozen = list(_frozen_parameters(network))
         for parameter in self._frozen:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
