@@ -7,12 +7,12 @@ from typing import Annotated, Final
 import typer
 from torch import Tensor, nn
 
-from backbone.config import BackboneConfig, load_config, read_yaml
 from backbone.console import readable_errors
 from backbone.recipe import DetectorConfig, ExtraLevels
 
+_FINISHED: Final = "model.pth"
+_UNFINISHED: Final = "last.ckpt"
 _RECIPE: Final = "recipe.yaml"
-_CHECKPOINT: Final = "last.ckpt"
 _OPSET: Final = 18
 
 
@@ -143,7 +143,8 @@ def load_model(
     """Return the model that a name, a recipe or a training run describes, and its class names as far as known.
 
     Args:
-        source: Registered name, YAML file of a backbone or a detector, or the folder of a training run.
+        source: Registered name, recipe of the package or YAML file of a backbone or a detector, or the folder of a
+            training run.
         weights: Of the backbone, in place of the recipe's.
         pyramid: Levels above the backbone's of a pyramid to put on a backbone; None for no pyramid.
 
@@ -152,6 +153,7 @@ def load_model(
         FileNotFoundError: If a file is missing.
     """
     from backbone.builder import build_backbone
+    from backbone.command.describe import named
     from backbone.pyramid import FeaturePyramid
 
     path = Path(source)
@@ -159,22 +161,14 @@ def load_model(
         if weights is not None or pyramid is not None:
             raise ValueError("a training run has its own weights and pyramid; leave --weights and --pyramid out")
         return _load_run(path)
-    is_file = path.suffix in (".yaml", ".yml")
-    if is_file and _is_detector(path):
+    config, _ = named(source)
+    if isinstance(config, DetectorConfig):
         if pyramid is not None:
             raise ValueError("a detector's recipe says its pyramid itself; leave --pyramid out")
-        return _build_detector(read_yaml(path, DetectorConfig), weights), ()
-    config = load_config(path) if is_file else BackboneConfig(name=source)
+        return _build_detector(config, weights), ()
     config = config if weights is None else config.model_copy(update={"weights": weights})
     model = build_backbone(config)
     return (model if pyramid is None else FeaturePyramid(model, extra_levels=pyramid)), ()
-
-
-def _is_detector(path: Path) -> bool:
-    """Whether a recipe names a detector; what is wrong with it is for its own reader to say."""
-    if not path.is_file():
-        return False
-    return any(line.startswith("detector:") for line in path.read_text(errors="replace").splitlines())
 
 
 def _build_detector(config: DetectorConfig, weights: str | None) -> nn.Module:
@@ -187,21 +181,29 @@ def _build_detector(config: DetectorConfig, weights: str | None) -> nn.Module:
 
 
 def _load_run(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the detector of a run's last finished epoch."""
-    from backbone.training.callbacks import load_checkpoint
+    """Return the detector of a finished run, or of the last epoch of one that is not finished, and its class names."""
+    from backbone.command.terminal import import_training, print_note
 
-    for needed in (_RECIPE, _CHECKPOINT):
-        if not (folder / needed).is_file():
-            raise FileNotFoundError(f"a training run's folder must hold {needed}, got {folder}; check the path")
-    config = read_yaml(folder / _RECIPE, DetectorConfig)
-    config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": None})})
-    detector = _build_detector(config, None)
-    state: dict[str, Tensor] = load_checkpoint(folder / _CHECKPOINT)["state_dict"]
-    prefix = "detector."
-    detector.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    )
-    return detector, ()
+    file = next((folder / name for name in (_FINISHED, _UNFINISHED) if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"a training run's folder must hold {_FINISHED} or {_UNFINISHED}, got {folder}; check the path"
+        )
+    import_training()
+    from backbone.training.facts import read_run, rebuild_detector, recipe_of
+    from backbone.training.module import load_detector_state
+
+    _, facts = read_run(file)
+    if facts is None and not (folder / _RECIPE).is_file():
+        raise FileNotFoundError(f"{file} carries no recipe: {_RECIPE} must be beside it; put it there")
+    config = recipe_of(None if facts else folder / _RECIPE, facts, file)
+    fresh = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": None})})
+    detector = _build_detector(fresh, None) if facts is None else rebuild_detector(config, facts)
+    load_detector_state(detector, file)
+    if file.name == _UNFINISHED:
+        print_note(f"{folder} holds no {_FINISHED}, which a run writes at its end; exporting {file}, its last epoch")
+    names = {} if facts is None else facts.class_names
+    return detector, tuple(names.get(label, "") for label in range(max(names, default=-1) + 1))
 
 
 def _photos(folder: Path, size: tuple[int, int] | None, network: nn.Module, *, as_bytes: bool) -> list[Tensor]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
 
 from backbone.export.folding import fold_norms
 from backbone.export.network import Network
@@ -45,7 +46,7 @@ def trace(network: Network, request: Request) -> Traced:
         height, width = images.shape[2:]
         inputs = (images, torch.tensor([float(height), float(width)]), torch.ones(4))
         shapes = (*shapes, None, None)
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
         try:
             program = torch.export.export(network.module, inputs, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, torch._dynamo.exc.UserError) as error:
