@@ -62,6 +62,8 @@ SLOW = {
     "engine/test_torch_internals.py",
     "export/test_export_parts.py::test_fixed_shapes_find_what_torchvision_finds",
     "export/test_files.py",
+    "export/test_int8_files.py",
+    "export/test_transformers_files.py",
     "hosts/test_matrix.py",
     "hosts/test_smp.py::test_dilates_as_smp_does",
     "hosts/test_smp.py::test_outputs_and_gradients_equal_those_on_smps_own_encoder",

@@ -30,7 +30,11 @@ from backbone.export.writing import write_draft
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- exports: begin -->", "<!-- exports: end -->")
 TARGETS = ("onnx", "openvino")
-ROOMS = ("export", "providers")
+DECIDING = (
+    *(f"export/{name}.py" for name in ("affine", "folding", "network", "onnx", "openvino", "resizing", "tracing")),
+    "export/detection/*.py",
+    "providers/**/*.py",
+)
 
 
 def main() -> None:
@@ -63,10 +67,10 @@ def main() -> None:
 
 
 def revision() -> str:
-    """Return a digest of the code that decides what an exported file computes."""
+    """Return a digest of the code that decides what a file of float32 computes."""
     digest = hashlib.sha256()
-    for room in ROOMS:
-        for file in sorted((ROOT / "backbone" / room).rglob("*.py")):
+    for pattern in DECIDING:
+        for file in sorted((ROOT / "backbone").glob(pattern)):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 

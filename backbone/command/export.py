@@ -1,5 +1,6 @@
 """``backbone export``: from a name, a recipe or a training run to a file that serves."""
 
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -14,6 +15,7 @@ _FINISHED: Final = "model.pth"
 _UNFINISHED: Final = "last.ckpt"
 _RECIPE: Final = "recipe.yaml"
 _OPSET: Final = 18
+_SHORTER_SIDE: Final = 256  # of calibration photos in pixels, where the file takes any size
 
 
 class TargetName(StrEnum):
@@ -119,8 +121,12 @@ def _export(
         return
     if model is None or out is None:
         raise ValueError("give what to export and --out FILE, or --check FILE")
+    if (dtype is DTypeName.INT8) != (calibration is not None):
+        raise ValueError(
+            "--dtype int8 needs photos to find its scales with, --calibration FOLDER; give both or neither"
+        )
     network, class_names = load_model(model, weights, pyramid)
-    photos = _photos(calibration, image_size, network, as_bytes=with_preprocessing) if calibration else []
+    photos = _photos(calibration, image_size, batch, network, as_bytes=with_preprocessing) if calibration else ()
     report = export_model(
         network,
         out,
@@ -206,22 +212,48 @@ def _load_run(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     return detector, tuple(names.get(label, "") for label in range(max(names, default=-1) + 1))
 
 
-def _photos(folder: Path, size: tuple[int, int] | None, network: nn.Module, *, as_bytes: bool) -> list[Tensor]:
-    """Read calibration photos as the file will take images."""
-    import numpy as np
-    import torch
+class _Photos(Sequence[Tensor]):
+    """Calibration photos as the file will take images, read one by one.
 
-    from backbone.command.extraction import read_image
-    from backbone.command.photos import find_images
+    Args:
+        folder: Where they are.
+        size: Height and width to resize them to; None for a shorter side of 256 pixels.
+        batch: Images at a time; a photo is repeated so often.
+        prepare: What is left to do to pixels of 0 to 255.
+
+    Raises:
+        ValueError: If there is none.
+    """
+
+    def __init__(
+        self, folder: Path, size: tuple[int, int] | None, batch: int, prepare: Callable[[Tensor], Tensor]
+    ) -> None:
+        from backbone.command.photos import find_images
+
+        self._photos, self._size, self._batch, self._prepare = find_images([folder]), size, batch, prepare
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override] # one at a time
+        import numpy as np
+        import torch
+
+        from backbone.command.extraction import read_image
+
+        image = read_image(self._photos[index], shorter_side=None if self._size else _SHORTER_SIDE)
+        if self._size is not None:
+            image = image.resize(self._size[::-1])
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        return self._prepare(pixels).expand(self._batch, -1, -1, -1).contiguous()
+
+
+def _photos(
+    folder: Path, size: tuple[int, int] | None, batch: int | None, network: nn.Module, *, as_bytes: bool
+) -> "_Photos":
+    """Return the calibration photos as the file will take images."""
     from backbone.export.network import Prepare, preprocessing_of
     from backbone.features import Preprocessing
 
     prepare = Prepare(preprocessing_of(network) or Preprocessing(), 3, None)
-    batches = []
-    for photo in find_images([folder]):
-        image = read_image(photo, shorter_side=None if size else 256)
-        if size is not None:
-            image = image.resize((size[1], size[0]))
-        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
-        batches.append(pixels if as_bytes else prepare(pixels))
-    return batches
+    return _Photos(folder, size, batch or 1, (lambda pixels: pixels) if as_bytes else prepare)

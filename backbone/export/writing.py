@@ -50,6 +50,8 @@ class ExportReport:
         apart = f"{found.features:.1e} of a map's largest value"
         if "count" in self.outputs:
             apart = f"{found.boxes:.1e} pixels and {found.scores:.1e} in score over {found.num_detections} detections"
+        if found.cosines:
+            apart = "in cosine " + ", ".join(f"{name} {cosine:.4f}" for name, cosine in found.cosines.items())
         batches = ", ".join(" x ".join(map(str, case)) for case in self.cases)
         lines = [
             f"{self.path} ({self.size / 1e6:.1f} MB, {self.target}): {', '.join(self.outputs)}",
@@ -94,7 +96,8 @@ def export_model(
         opset: Of ONNX, at least 18.
         with_preprocessing: Let the file take uint8 RGB images (N, 3, H, W) and prepare them as the weights expect.
         class_names: By label, for the file's metadata.
-        calibration: For int8: batches of images as the file takes them, typical of what it will see.
+        calibration: For int8: batches of images as the file takes them, typical of what it will see. Some hundred
+            images are enough; a sequence that reads them one by one keeps them out of memory.
         triton: Folder of a Triton model repository to write an entry for the file into.
 
     Raises:
@@ -164,14 +167,15 @@ def write_draft(
             from backbone.export import onnx, openvino
 
             model = onnx.build(network, traced, request, metadata)
-            if request.dtype == "int8":
-                from backbone.export.quantization import quantise
-
-                model = quantise(model, calibration, draft.parent)
             if request.to == "onnx":
+                if request.dtype == "int8":
+                    from backbone.export.quantization import quantise
+
+                    model = quantise(model, calibration, draft.parent)
                 onnx.write(model, draft)
             else:
-                openvino.write(model, draft, metadata, half_weights=request.dtype == "float16")
+                half, images = request.dtype == "float16", calibration if request.dtype == "int8" else ()
+                openvino.write(model, draft, metadata, half_weights=half, calibration=images)
         elif request.to == "aoti":
             from backbone.export import aoti
 
