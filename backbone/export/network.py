@@ -99,8 +99,8 @@ def _understand_detector(detector: FasterRCNN | RetinaNet | FCOS, request: Reque
             f"a detector's suppression and pooling are exported as ONNX's own operators, which {request.to} has none "
             f"of; use onnx or openvino, or export the backbone alone"
         )
-    if request.dtype not in ("float32",) and request.to == "onnx":
-        raise ValueError(f"a detector is exported to onnx in float32, got {request.dtype}; leave it out")
+    if request.dtype == "int8" or (request.dtype != "float32" and request.to == "onnx"):
+        raise ValueError(f"a detector is exported to {request.to} in float32, got {request.dtype}; leave the dtype out")
     second = next((names for kind, names in _SECOND_HEADS.items() if isinstance(detector, kind)), ())
     channels = len(detector.transform.image_mean)
 
