@@ -1,7 +1,6 @@
 """``backbone export``: from a name, a recipe or a training run to a file that serves."""
 
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -18,30 +17,13 @@ _OPSET: Final = 18
 _SHORTER_SIDE: Final = 256  # of calibration photos in pixels, where the file takes any size
 
 
-class TargetName(StrEnum):
-    """Runtime the file is for."""
-
-    ONNX = "onnx"
-    OPENVINO = "openvino"
-    AOTI = "aoti"
-    TORCH_EXPORT = "torch-export"
-    EXECUTORCH = "executorch"
-
-
-class DTypeName(StrEnum):
-    """What the network computes in."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    INT8 = "int8"
-
-
 def export_command(
     model: Annotated[
         str | None, typer.Argument(metavar="NAME|CONFIG|RUN_FOLDER", help="Backbone, recipe (YAML) or training run.")
     ] = None,
-    to: Annotated[TargetName, typer.Option(help="Runtime the file is for.")] = TargetName.ONNX,
+    to: Annotated[
+        str, typer.Option(metavar="RUNTIME", help="onnx, openvino, aoti, torch-export or executorch.")
+    ] = "onnx",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write.")] = None,
     image_size: Annotated[
         tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Image height and width in pixels.")
@@ -51,7 +33,9 @@ def export_command(
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Any number of images, as without --batch.")
     ] = False,
-    dtype: Annotated[DTypeName, typer.Option(help="What the network computes in.")] = DTypeName.FLOAT32,
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="What the network computes in: float32, float16, bfloat16 or int8.")
+    ] = "float32",
     opset: Annotated[int, typer.Option(help="Of ONNX.")] = _OPSET,
     weights: Annotated[str | None, typer.Option(help="Weights name or checkpoint; overrides the recipe's.")] = None,
     pyramid: Annotated[
@@ -99,11 +83,11 @@ def _require_one(fixed: object, is_free: bool, names: str) -> None:
 
 def _export(
     model: str | None,
-    to: TargetName,
+    to: str,
     out: Path | None,
     image_size: tuple[int, int] | None,
     batch: int | None,
-    dtype: DTypeName,
+    dtype: str,
     opset: int,
     weights: str | None,
     pyramid: ExtraLevels | None,
@@ -113,6 +97,7 @@ def _export(
     check: Path | None,
 ) -> None:
     from backbone.export import check_file, export_model
+    from backbone.export.request import Request
 
     if check is not None:
         if model is not None or out is not None:
@@ -121,25 +106,23 @@ def _export(
         return
     if model is None or out is None:
         raise ValueError("give what to export and --out FILE, or --check FILE")
-    if (dtype is DTypeName.INT8) != (calibration is not None):
+    settings = {
+        "to": to,
+        "image_size": image_size,
+        "batch": batch,
+        "dtype": dtype,
+        "opset": opset,
+        "with_preprocessing": with_preprocessing,
+        "triton": triton,
+    }
+    Request(out, **settings)  # type: ignore[arg-type] # what cannot be is said before a model is built
+    if (dtype == "int8") != (calibration is not None):
         raise ValueError(
             "--dtype int8 needs photos to find its scales with, --calibration FOLDER; give both or neither"
         )
     network, class_names = load_model(model, weights, pyramid)
     photos = _photos(calibration, image_size, batch, network, as_bytes=with_preprocessing) if calibration else ()
-    report = export_model(
-        network,
-        out,
-        to.value,
-        image_size=image_size,
-        batch=batch,
-        dtype=dtype.value,
-        opset=opset,
-        with_preprocessing=with_preprocessing,
-        class_names=class_names,
-        calibration=photos,
-        triton=triton,
-    )
+    report = export_model(network, out, class_names=class_names, calibration=photos, **settings)  # type: ignore[arg-type]
     print(report)
 
 

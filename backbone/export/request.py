@@ -99,6 +99,8 @@ class Request:
         if self.triton is not None and self.to not in ("onnx", "openvino"):
             raise ValueError(f"a Triton entry is written for onnx and openvino, got {self.to}; leave triton out")
         self._check_path()
+        if self.triton is not None:
+            require_writable(next(folder for folder in (self.triton, *self.triton.parents) if folder.exists()))
         require_libraries(self.to)
         if (self.to, self.dtype) == ("openvino", "int8") and importlib.util.find_spec("nncf") is None:
             raise MissingExtraError("int8 for openvino needs nncf, which quantises: pip install nncf")

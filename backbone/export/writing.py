@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 from torch import Tensor, nn
 
@@ -17,6 +17,9 @@ from backbone.export.network import Network, understand
 from backbone.export.request import DEFAULT_OPSET, DType, Request, Target
 from backbone.export.tracing import Traced, trace
 from backbone.weights.writing import put_in_place
+
+_DISK_FAILURES: Final = ("iostream error", "No space left", "File too large", "Can't open")
+"""What libraries say that raise no OSError."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def write_draft(
     except OSError as error:
         raise OSError(error.errno, f"{request.path}: cannot be written ({error.strerror or error})") from error
     except RuntimeError as error:
-        if any(word in str(error) for word in ("PytorchStreamWriter", "No space left", "File too large", "Can't open")):
+        if any(word in str(error) for word in _DISK_FAILURES):
             raise OSError(f"{request.path}: cannot be written ({' '.join(str(error).split())[:200]})") from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{request.to} cannot express this model: {reason}") from error

@@ -23,6 +23,9 @@ max_size: 200
 BAD = {
     "nothing to export": (["--out", "model.onnx"], "give what to export and --out"),
     "nowhere to write": (["resnet18"], "give what to export and --out"),
+    "an unknown target": (["resnet18", "--out", "m.onnx", "--to", "onxn"], "did you mean 'onnx'"),
+    "an unknown dtype": (["resnet18", "--out", "m.onnx", "--dtype", "float8"], "dtype must be one of"),
+    "a folder that cannot be written": (["resnet18", "--out", "/proc/m.onnx"], "must exist and be writable, got /proc"),
     "a size and any size": (["resnet18", "--out", "m.onnx", "--dynamic", "--image-size", "64", "64"], "opposite"),
     "a network that is none": (["resnet52", "--out", "m.pt2", "--to", "torch-export"], "did you mean 'resnet50'"),
     "a recipe that is not there": (["absent.yaml", "--out", "m.pt2", "--to", "torch-export"], "absent.yaml"),

@@ -161,16 +161,29 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "model.onnx").read_text() == "an older file"
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+FULL = {
+    "onnx": ("onnx", "model.onnx", "float32", 100_000),
+    "onnx in int8": ("onnx", "model.onnx", "int8", 100_000),
+    "openvino": ("openvino", "model.xml", "float32", 100_000),
+    "torch-export": ("torch-export", "model.pt2", "float32", 100_000),
+}
+
+
+@pytest.mark.parametrize(("to", "name", "dtype", "room"), FULL.values(), ids=FULL)
+def test_a_full_disk_is_one_line_and_leaves_nothing(to: str, name: str, dtype: str, room: int, tmp_path: Path) -> None:
+    if to == "openvino":
+        pytest.importorskip("openvino", reason="pip install 'backbone[export]'")
     code = f"""
-import resource, signal
+import resource, signal, torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from backbone.export import export_model
 from cells import backbone
 model = backbone("resnet18", out_features=("c2",))
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+photos = [torch.rand(1, 3, 64, 64)] if {dtype!r} == "int8" else ()
+settings = dict(to={to!r}, dtype={dtype!r}, image_size=(64, 64), batch=1, calibration=photos)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 try:
-    export_model(model, {str(tmp_path / "model.onnx")!r}, image_size=(64, 64), batch=1)
+    export_model(model, {str(tmp_path / name)!r}, **settings)
 except OSError as error:
     assert "cannot be written" in str(error) and "\\n" not in str(error), error
 else:
