@@ -61,6 +61,7 @@ SLOW = {
     "engine/test_operation.py::test_500_random_sequences_of_mixed_use_equal_the_unfused_reference",
     "engine/test_torch_internals.py",
     "export/test_export_parts.py::test_fixed_shapes_find_what_torchvision_finds",
+    "export/test_export_parts.py::test_a_network_that_pads_its_images_is_traced_for_sizes_that_need_it_and_for_those_that_do_not",
     "export/test_files.py",
     "export/test_int8_files.py",
     "export/test_transformers_files.py",

@@ -115,8 +115,8 @@ def write(owner: str, model: nn.Module, images: Tensor, file: Path, target: Targ
             torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 
-def inference(model: nn.Module, images: Tensor) -> Run:
-    """Return a run of a module without gradients."""
+def inference(model: Callable[[Tensor], object], images: Tensor) -> Run:
+    """Return a run of a network without gradients."""
 
     def run() -> object:
         with torch.inference_mode():

@@ -50,7 +50,8 @@ def trace(network: Network, request: Request) -> Traced:
         shapes = (*shapes, None, None)
     resizing = AntialiasingAsProducts() if request.to in ("onnx", "openvino") else nullcontext()
     # Without the patch the question whether a cropped map is contiguous would fix the image's size.
-    with quiet(), torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True), resizing:
+    any_contiguity = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined] # a config module's
+    with quiet(), torch.no_grad(), any_contiguity, resizing:
         try:
             program = torch.export.export(network.module, inputs, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, torch._dynamo.exc.UserError) as error:

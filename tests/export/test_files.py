@@ -69,6 +69,17 @@ def test_levels_agree_with_pytorch_at_sizes_that_the_export_never_saw(
         assert relative_error(torch.from_numpy(actual[name]), level) < 1e-5
 
 
+def test_a_network_that_pads_its_images_gives_maps_of_sizes_rounded_up(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="pip install 'backbone[timm]'")
+    model = backbone("timm/convnext_atto", norm="bn", out_features=("c2", "c3")).eval()
+    export_model(model, tmp_path / "model.onnx")
+    images = torch.rand(1, 3, 101, 64)
+    with torch.no_grad():
+        expected = model(images)
+    for name, actual in run(tmp_path / "model.onnx", images.numpy()).items():
+        assert relative_error(torch.from_numpy(actual), expected[name]) < 1e-4
+
+
 def test_axes_have_names_and_norms_are_folded(file: Path) -> None:
     graph = onnx.load(file).graph
     dims = [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]

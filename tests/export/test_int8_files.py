@@ -30,7 +30,7 @@ def photos(count: int = 4) -> list[Tensor]:
     """Blots of colour and noise, as images of 0 to 1 are."""
     random = np.random.RandomState(5)
     blots = random.random_sample((count, 3, 10, 14)).repeat(16, 2).repeat(16, 3)
-    return list(torch.from_numpy(0.8 * blots + 0.2 * random.random_sample(blots.shape)).float().split(1))
+    return [torch.from_numpy(each[None]).float() for each in 0.8 * blots + 0.2 * random.random_sample(blots.shape)]
 
 
 @pytest.fixture
