@@ -1,6 +1,6 @@
 """Time exported files in their runtimes beside our optimised copy in PyTorch and torchvision's exported network.
 
-python tools/export_latency.py --name resnet50 --files out/latency --json docs/export_latency.json
+python tools/export_latency.py --name resnet50 --json docs/export_latency.json --table docs/deployment.md
 
 All run in shuffled rounds on the same image, with the same number of threads. A ratio above 1 is slower than our
 optimised copy. Files that are in the folder already are timed as they are.
