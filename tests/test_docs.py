@@ -44,6 +44,7 @@ LIBRARIES = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "segmentation_models_pytorch": ("segmentation_models_pytorch",),
     "timm": ("timm",),
+    "torch_tensorrt": ("torch_tensorrt",),
     "transformers": ("transformers",),
 }
 """What a block may need -> what must be importable for it."""

@@ -1,15 +1,20 @@
 """Fill the table of docs/deployment.md: each model in each runtime, compared with PyTorch, ticked or its reason.
 
-python tools/check_exports.py --to onnx --to openvino --out docs/exports.json --table docs/deployment.md
+python tools/check_exports.py --table docs/deployment.md
+
+Each model is noted in docs/exports.json as soon as it is done, so that a run that was stopped goes on; what this
+revision of the exporting code has measured is not measured again. ``--only`` takes some models, ``--list`` says which.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,26 +30,49 @@ from backbone.export.writing import write_draft
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- exports: begin -->", "<!-- exports: end -->")
 TARGETS = ("onnx", "openvino")
+DECIDING = (
+    *(f"export/{name}.py" for name in ("affine", "folding", "network", "onnx", "openvino", "resizing", "tracing")),
+    "export/detection/*.py",
+    "providers/**/*.py",
+)
 
 
 def main() -> None:
-    """Run the cells that are asked for and that the results do not hold yet."""
+    """Run the cells that are asked for and that the results do not hold for this revision."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", action="append", help="runtime; may be given again (default: onnx and openvino)")
-    parser.add_argument("--only", default=".*", help="pattern of models")
+    parser.add_argument("--only", default=".*", help="pattern of models, which must match the whole name")
+    parser.add_argument("--list", action="store_true", help="list the models and what is still to do, and run nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "exports.json", help="results, kept and added to")
     parser.add_argument("--table", type=Path, help="page to write the table into")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     results: dict[str, dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for name, make in models():
-        missing = [target for target in arguments.to or TARGETS if target not in results.get(name, {})]
-        if missing and re.search(arguments.only, name):
-            results.setdefault(name, {}).update(row := run_row(make, missing))
-            print(name, row, flush=True)
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    now = revision()
+    rows = dict(models())
+    for name, make in rows.items():
+        known = {target for target, cell in results.get(name, {}).items() if cell["revision"] == now}
+        missing = [target for target in arguments.to or TARGETS if target not in known]
+        if arguments.list:
+            print(f"{name}: {', '.join(missing) or 'done'}")
+        elif missing and re.fullmatch(arguments.only, name):
+            row = run_row(make, missing)
+            stamp = {"revision": now, "torch": torch.__version__, "date": date.today().isoformat()}
+            results.setdefault(name, {}).update({target: cell | stamp for target, cell in row.items()})
+            print(f"{name}: {'; '.join(f'{target} {say(cell)}' for target, cell in row.items())}", flush=True)
+            ordered = {row: results[row] for row in rows if row in results}
+            arguments.out.write_text(json.dumps(ordered, indent=1) + "\n")
     if arguments.table:
-        write_table(arguments.table, results)
+        write_table(arguments.table, {name: results.get(name, {}) for name in rows})
+
+
+def revision() -> str:
+    """Return a digest of the code that decides what a file of float32 computes."""
+    digest = hashlib.sha256()
+    for pattern in DECIDING:
+        for file in sorted((ROOT / "backbone").glob(pattern)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
@@ -91,7 +119,7 @@ def prepare(model: nn.Module) -> tuple[Network, Traced, list[tuple[checking.Case
 
 def write_table(page: Path, results: dict[str, dict[str, Any]]) -> None:
     """Put the table between its marks in ``page``."""
-    targets = list(dict.fromkeys(target for row in results.values() for target in row))
+    targets = list(dict.fromkeys([*TARGETS, *(target for row in results.values() for target in row)]))
     lines = [f"| model | {' | '.join(targets)} |", f"|---|{'---|' * len(targets)}"]
     for name, row in results.items():
         lines.append(f"| {name} | {' | '.join(say(row.get(target)) for target in targets)} |")

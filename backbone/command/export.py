@@ -1,45 +1,29 @@
 """``backbone export``: from a name, a recipe or a training run to a file that serves."""
 
-from enum import StrEnum
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 from torch import Tensor, nn
 
-from backbone.config import BackboneConfig, load_config, read_yaml
 from backbone.console import readable_errors
 from backbone.recipe import DetectorConfig, ExtraLevels
 
+_FINISHED: Final = "model.pth"
+_UNFINISHED: Final = "last.ckpt"
 _RECIPE: Final = "recipe.yaml"
-_CHECKPOINT: Final = "last.ckpt"
 _OPSET: Final = 18
-
-
-class TargetName(StrEnum):
-    """Runtime the file is for."""
-
-    ONNX = "onnx"
-    OPENVINO = "openvino"
-    AOTI = "aoti"
-    TORCH_EXPORT = "torch-export"
-    EXECUTORCH = "executorch"
-
-
-class DTypeName(StrEnum):
-    """What the network computes in."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    INT8 = "int8"
+_SHORTER_SIDE: Final = 256  # of calibration photos in pixels, where the file takes any size
 
 
 def export_command(
     model: Annotated[
         str | None, typer.Argument(metavar="NAME|CONFIG|RUN_FOLDER", help="Backbone, recipe (YAML) or training run.")
     ] = None,
-    to: Annotated[TargetName, typer.Option(help="Runtime the file is for.")] = TargetName.ONNX,
+    to: Annotated[
+        str, typer.Option(metavar="RUNTIME", help="onnx, openvino, aoti, torch-export or executorch.")
+    ] = "onnx",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write.")] = None,
     image_size: Annotated[
         tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Image height and width in pixels.")
@@ -49,7 +33,9 @@ def export_command(
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Any number of images, as without --batch.")
     ] = False,
-    dtype: Annotated[DTypeName, typer.Option(help="What the network computes in.")] = DTypeName.FLOAT32,
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="What the network computes in: float32, float16, bfloat16 or int8.")
+    ] = "float32",
     opset: Annotated[int, typer.Option(help="Of ONNX.")] = _OPSET,
     weights: Annotated[str | None, typer.Option(help="Weights name or checkpoint; overrides the recipe's.")] = None,
     pyramid: Annotated[
@@ -97,11 +83,11 @@ def _require_one(fixed: object, is_free: bool, names: str) -> None:
 
 def _export(
     model: str | None,
-    to: TargetName,
+    to: str,
     out: Path | None,
     image_size: tuple[int, int] | None,
     batch: int | None,
-    dtype: DTypeName,
+    dtype: str,
     opset: int,
     weights: str | None,
     pyramid: ExtraLevels | None,
@@ -111,6 +97,7 @@ def _export(
     check: Path | None,
 ) -> None:
     from backbone.export import check_file, export_model
+    from backbone.export.request import Request
 
     if check is not None:
         if model is not None or out is not None:
@@ -119,21 +106,23 @@ def _export(
         return
     if model is None or out is None:
         raise ValueError("give what to export and --out FILE, or --check FILE")
+    settings = {
+        "to": to,
+        "image_size": image_size,
+        "batch": batch,
+        "dtype": dtype,
+        "opset": opset,
+        "with_preprocessing": with_preprocessing,
+        "triton": triton,
+    }
+    Request(out, **settings)  # type: ignore[arg-type] # what cannot be is said before a model is built
+    if (dtype == "int8") != (calibration is not None):
+        raise ValueError(
+            "--dtype int8 needs photos to find its scales with, --calibration FOLDER; give both or neither"
+        )
     network, class_names = load_model(model, weights, pyramid)
-    photos = _photos(calibration, image_size, network, as_bytes=with_preprocessing) if calibration else []
-    report = export_model(
-        network,
-        out,
-        to.value,
-        image_size=image_size,
-        batch=batch,
-        dtype=dtype.value,
-        opset=opset,
-        with_preprocessing=with_preprocessing,
-        class_names=class_names,
-        calibration=photos,
-        triton=triton,
-    )
+    photos = _photos(calibration, image_size, batch, network, as_bytes=with_preprocessing) if calibration else ()
+    report = export_model(network, out, class_names=class_names, calibration=photos, **settings)  # type: ignore[arg-type]
     print(report)
 
 
@@ -143,7 +132,8 @@ def load_model(
     """Return the model that a name, a recipe or a training run describes, and its class names as far as known.
 
     Args:
-        source: Registered name, YAML file of a backbone or a detector, or the folder of a training run.
+        source: Registered name, recipe of the package or YAML file of a backbone or a detector, or the folder of a
+            training run.
         weights: Of the backbone, in place of the recipe's.
         pyramid: Levels above the backbone's of a pyramid to put on a backbone; None for no pyramid.
 
@@ -152,6 +142,7 @@ def load_model(
         FileNotFoundError: If a file is missing.
     """
     from backbone.builder import build_backbone
+    from backbone.command.describe import named
     from backbone.pyramid import FeaturePyramid
 
     path = Path(source)
@@ -159,22 +150,14 @@ def load_model(
         if weights is not None or pyramid is not None:
             raise ValueError("a training run has its own weights and pyramid; leave --weights and --pyramid out")
         return _load_run(path)
-    is_file = path.suffix in (".yaml", ".yml")
-    if is_file and _is_detector(path):
+    config, _ = named(source)
+    if isinstance(config, DetectorConfig):
         if pyramid is not None:
             raise ValueError("a detector's recipe says its pyramid itself; leave --pyramid out")
-        return _build_detector(read_yaml(path, DetectorConfig), weights), ()
-    config = load_config(path) if is_file else BackboneConfig(name=source)
+        return _build_detector(config, weights), ()
     config = config if weights is None else config.model_copy(update={"weights": weights})
     model = build_backbone(config)
     return (model if pyramid is None else FeaturePyramid(model, extra_levels=pyramid)), ()
-
-
-def _is_detector(path: Path) -> bool:
-    """Whether a recipe names a detector; what is wrong with it is for its own reader to say."""
-    if not path.is_file():
-        return False
-    return any(line.startswith("detector:") for line in path.read_text(errors="replace").splitlines())
 
 
 def _build_detector(config: DetectorConfig, weights: str | None) -> nn.Module:
@@ -187,39 +170,73 @@ def _build_detector(config: DetectorConfig, weights: str | None) -> nn.Module:
 
 
 def _load_run(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the detector of a run's last finished epoch."""
-    from backbone.training.callbacks import load_checkpoint
+    """Return the detector of a finished run, or of the last epoch of one that is not finished, and its class names."""
+    from backbone.command.terminal import import_training, print_note
 
-    for needed in (_RECIPE, _CHECKPOINT):
-        if not (folder / needed).is_file():
-            raise FileNotFoundError(f"a training run's folder must hold {needed}, got {folder}; check the path")
-    config = read_yaml(folder / _RECIPE, DetectorConfig)
-    config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": None})})
-    detector = _build_detector(config, None)
-    state: dict[str, Tensor] = load_checkpoint(folder / _CHECKPOINT)["state_dict"]
-    prefix = "detector."
-    detector.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    )
-    return detector, ()
+    file = next((folder / name for name in (_FINISHED, _UNFINISHED) if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"a training run's folder must hold {_FINISHED} or {_UNFINISHED}, got {folder}; check the path"
+        )
+    import_training()
+    from backbone.training.facts import read_run, rebuild_detector, recipe_of
+    from backbone.training.module import load_detector_state
+
+    _, facts = read_run(file)
+    if facts is None and not (folder / _RECIPE).is_file():
+        raise FileNotFoundError(f"{file} carries no recipe: {_RECIPE} must be beside it; put it there")
+    config = recipe_of(None if facts else folder / _RECIPE, facts, file)
+    fresh = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": None})})
+    detector = _build_detector(fresh, None) if facts is None else rebuild_detector(config, facts)
+    load_detector_state(detector, file)
+    if file.name == _UNFINISHED:
+        print_note(f"{folder} holds no {_FINISHED}, which a run writes at its end; exporting {file}, its last epoch")
+    names = {} if facts is None else facts.class_names
+    return detector, tuple(names.get(label, "") for label in range(max(names, default=-1) + 1))
 
 
-def _photos(folder: Path, size: tuple[int, int] | None, network: nn.Module, *, as_bytes: bool) -> list[Tensor]:
-    """Read calibration photos as the file will take images."""
-    import numpy as np
-    import torch
+class _Photos(Sequence[Tensor]):
+    """Calibration photos as the file will take images, read one by one.
 
-    from backbone.command.extraction import read_image
-    from backbone.command.photos import find_images
+    Args:
+        folder: Where they are.
+        size: Height and width to resize them to; None for a shorter side of 256 pixels.
+        batch: Images at a time; a photo is repeated so often.
+        prepare: What is left to do to pixels of 0 to 255.
+
+    Raises:
+        ValueError: If there is none.
+    """
+
+    def __init__(
+        self, folder: Path, size: tuple[int, int] | None, batch: int, prepare: Callable[[Tensor], Tensor]
+    ) -> None:
+        from backbone.command.photos import find_images
+
+        self._photos, self._size, self._batch, self._prepare = find_images([folder]), size, batch, prepare
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override] # one at a time
+        import numpy as np
+        import torch
+
+        from backbone.command.extraction import read_image
+
+        image = read_image(self._photos[index], shorter_side=None if self._size else _SHORTER_SIDE)
+        if self._size is not None:
+            image = image.resize(self._size[::-1])
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        return self._prepare(pixels).expand(self._batch, -1, -1, -1).contiguous()
+
+
+def _photos(
+    folder: Path, size: tuple[int, int] | None, batch: int | None, network: nn.Module, *, as_bytes: bool
+) -> "_Photos":
+    """Return the calibration photos as the file will take images."""
     from backbone.export.network import Prepare, preprocessing_of
     from backbone.features import Preprocessing
 
     prepare = Prepare(preprocessing_of(network) or Preprocessing(), 3, None)
-    batches = []
-    for photo in find_images([folder]):
-        image = read_image(photo, shorter_side=None if size else 256)
-        if size is not None:
-            image = image.resize((size[1], size[0]))
-        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
-        batches.append(pixels if as_bytes else prepare(pixels))
-    return batches
+    return _Photos(folder, size, batch or 1, (lambda pixels: pixels) if as_bytes else prepare)

@@ -1,5 +1,6 @@
 """AOTInductor packages: compiled code and weights, for a process with torch and without this package."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ Arrays = dict[str, NDArray[Any]]
 def write(program: ExportedProgram, draft: Path, metadata: Mapping[str, str]) -> None:
     """Compile the program for this machine's CPU and write the package."""
     forget_the_machine(program)
+    package = io.BytesIO()  # torch's own writer ends the process where the disk is full
     with quiet():
         torch._inductor.aoti_compile_and_package(
             program,
-            package_path=str(draft),
+            package_path=package,
             inductor_configs={"aot_inductor.metadata": dict(metadata), "aot_inductor.package": True},
         )
+    draft.write_bytes(package.getbuffer())
 
 
 class Runner:

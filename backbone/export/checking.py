@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -18,7 +19,9 @@ Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[NDArray[Any]], Arrays]
 
 TOLERANCE: Final[Mapping[DType, float]] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2, "int8": 0.3}
-"""Largest difference of a feature, in units of the map's largest value."""
+"""Largest difference of a feature, in units of the map's largest value; int8 is held to its cosine instead."""
+LEAST_COSINE: Final = 0.97
+"""Of the angle between a map of an int8 file and the model's, over all of its values."""
 BOX_TOLERANCE: Final = 0.1
 """Largest difference of a box's corner, in pixels; keypoints are places of a maximum and may jump."""
 SCORE_TOLERANCE: Final = 1e-3
@@ -57,12 +60,14 @@ class Difference(NamedTuple):
         boxes: In pixels.
         scores: Of detections.
         num_detections: How many were compared; 0 for a model without.
+        cosines: Of each output of an int8 file with the model's, the lowest of all batches.
     """
 
     features: float = 0.0
     boxes: float = 0.0
     scores: float = 0.0
     num_detections: int = 0
+    cosines: Mapping[str, float] = MappingProxyType({})
 
     def larger(self, other: "Difference") -> "Difference":
         """Return the larger of each difference, and the sum of detections."""
@@ -71,6 +76,7 @@ class Difference(NamedTuple):
             max(self.boxes, other.boxes),
             max(self.scores, other.scores),
             self.num_detections + other.num_detections,
+            {name: min(self.cosines.get(name, 1.0), cosine) for name, cosine in other.cosines.items()},
         )
 
 
@@ -137,7 +143,7 @@ def compare(network: Network, expected: Sequence[tuple[Case, Outputs]], run: Run
             reason = " ".join(str(error).split())[:300]
             raise ExportMismatchError(f"the runtime cannot run the file on {_say(case)}: {reason}") from error
         if network.detector is None:
-            found = Difference(features=_feature_difference(outputs, actual, case, TOLERANCE[dtype]))
+            found = _feature_difference(outputs, actual, case, dtype)
         else:
             from backbone.export.detection.comparison import detection_difference
 
@@ -146,21 +152,38 @@ def compare(network: Network, expected: Sequence[tuple[Case, Outputs]], run: Run
     return largest
 
 
-def _feature_difference(expected: Outputs, actual: Arrays, case: Case, tolerance: float) -> float:
-    largest = 0.0
+def _feature_difference(expected: Outputs, actual: Arrays, case: Case, dtype: DType) -> Difference:
+    largest, cosines = 0.0, {}
     for name, value in expected.items():
         reference = value.double().numpy()
         if name not in actual or actual[name].shape != reference.shape:
             got = actual[name].shape if name in actual else f"only {', '.join(actual)}"
             raise ExportMismatchError(f"{name} must be {reference.shape} for {_say(case)}, the file gives {got}")
         difference = float(np.abs(actual[name] - reference).max() / max(np.abs(reference).max(), 1e-30))
-        if not difference <= tolerance:  # NaN, too
+        if dtype == "int8":
+            cosines[name] = _cosine(actual[name], reference)
+            _require_cosine(name, cosines[name], case)
+        elif not difference <= TOLERANCE[dtype]:  # NaN, too
             raise ExportMismatchError(
                 f"{name} of file and model differ by {difference:.1e} of its largest value for {_say(case)}, more than "
-                f"{tolerance:.0e}; no file was kept"
+                f"{TOLERANCE[dtype]:.0e}; no file was kept"
             )
         largest = max(largest, difference)
-    return largest
+    return Difference(features=largest, cosines=cosines)
+
+
+def _cosine(actual: NDArray[Any], reference: NDArray[Any]) -> float:
+    a, b = actual.astype(np.float64).reshape(-1), reference.reshape(-1)
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+
+
+def _require_cosine(name: str, cosine: float, case: Case) -> None:
+    if not cosine >= LEAST_COSINE:
+        raise ExportMismatchError(
+            f"{name} of the int8 file has a cosine of {cosine:.3f} with the model's for {_say(case)}, less than "
+            f"{LEAST_COSINE}: this network loses too much in int8, or the calibration images are unlike what it sees; "
+            f"no file was kept"
+        )
 
 
 def latency(run: Run, case: Case, network: Network) -> float:

@@ -18,6 +18,10 @@ Outputs = Mapping[str, Tensor]
 
 _DTYPES: Final = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _STRIDE_PROBE: Final = 512  # pixels; every power of two up to it divides it
+_PREDICTIONS: Final = ("logits", "pred_boxes", "pred_masks", "class_queries_logits", "masks_queries_logits")
+"""Of what a model of transformers returns; the others are states within it."""
+_RANKED: Final = ("rt_detr", "rt_detr_v2", "d_fine")
+"""Types of transformers' models whose queries are the best places of an encoder's map, in their order."""
 _SECOND_HEADS: Final[Mapping[type, tuple[str, ...]]] = {
     MaskRCNN: ("masks",),
     KeypointRCNN: ("keypoints", "keypoints_scores"),
@@ -57,6 +61,11 @@ def understand(model: nn.Module, request: Request) -> Network:
     Raises:
         ValueError: If the model or the combination cannot be exported.
     """
+    if getattr(getattr(model, "config", None), "model_type", None) in _RANKED:
+        raise ValueError(
+            f"{type(model).__name__} takes its queries by rank, which nearly equal scores decide otherwise in another "
+            f"runtime: its file cannot be compared with PyTorch; export its backbone alone, or a DETR"
+        )
     copy = for_export(model)
     if isinstance(copy, FasterRCNN | RetinaNet | FCOS):
         return _understand_detector(copy, request)
@@ -90,8 +99,8 @@ def _understand_detector(detector: FasterRCNN | RetinaNet | FCOS, request: Reque
             f"a detector's suppression and pooling are exported as ONNX's own operators, which {request.to} has none "
             f"of; use onnx or openvino, or export the backbone alone"
         )
-    if request.dtype not in ("float32",) and request.to == "onnx":
-        raise ValueError(f"a detector is exported to onnx in float32, got {request.dtype}; leave it out")
+    if request.dtype == "int8" or (request.dtype != "float32" and request.to == "onnx"):
+        raise ValueError(f"a detector is exported to {request.to} in float32, got {request.dtype}; leave the dtype out")
     second = next((names for kind, names in _SECOND_HEADS.items() if isinstance(detector, kind)), ())
     channels = len(detector.transform.image_mean)
 
@@ -190,7 +199,9 @@ def _output_names(model: nn.Module, channels: int, size: tuple[int, int]) -> tup
                 f"the network cannot take images of {size[0]} x {size[1]} pixels ({reason}); give --image-size as it "
                 f"needs it"
             ) from None
-    return tuple(named_outputs(outputs))
+    names = tuple(named_outputs(outputs))
+    predictions = tuple(name for name in names if name in _PREDICTIONS)
+    return predictions if predictions and type(outputs).__module__.startswith("transformers.") else names
 
 
 def in_channels(model: nn.Module) -> int:

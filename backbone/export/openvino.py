@@ -1,16 +1,26 @@
 """OpenVINO IR: the ONNX graph read by OpenVINO, its weights in a ``.bin`` beside the ``.xml``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from backbone.export.quiet import quiet
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def write(model: Any, draft: Path, metadata: Mapping[str, str], *, half_weights: bool) -> None:  # noqa: ANN401
+def write(
+    model: Any,  # noqa: ANN401
+    draft: Path,
+    metadata: Mapping[str, str],
+    *,
+    half_weights: bool,
+    calibration: Sequence[Tensor] = (),
+) -> None:
     """Convert the ModelProto and write ``draft`` and, beside it, its weights.
 
     Args:
@@ -18,13 +28,24 @@ def write(model: Any, draft: Path, metadata: Mapping[str, str], *, half_weights:
         draft: The ``.xml``.
         metadata: For the file's runtime information, under ``backbone``.
         half_weights: Whether weights are kept in float16; what they are computed in is the runtime's choice.
+        calibration: Batches of images as the graph takes them, for NNCF to make it int8; none leaves it as it is.
     """
     import openvino
 
     converted = openvino.Core().read_model(model.SerializeToString())
+    if calibration:
+        converted = _quantised(converted, calibration)
     for key, value in metadata.items():
         converted.set_rt_info(value, ["backbone", key])
     openvino.save_model(converted, draft, compress_to_fp16=half_weights)
+
+
+def _quantised(model: Any, calibration: Sequence[Tensor]) -> Any:  # noqa: ANN401 - OpenVINO's models
+    import nncf
+
+    images = nncf.Dataset(calibration, lambda batch: {"images": batch.numpy()})
+    with quiet():
+        return nncf.quantize(model, images, preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration))
 
 
 class Runner:

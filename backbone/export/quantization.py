@@ -22,7 +22,7 @@ class _Images:
 
 
 def quantise(model: Any, calibration: Sequence[Tensor], folder: Path) -> Any:  # noqa: ANN401 - a ModelProto
-    """Return the graph with quantise and dequantise nodes around its convolutions and matrix products.
+    """Return the graph in which ONNX Runtime computes all in int8 that it can; the rest stays in float32.
 
     Args:
         model: ONNX ModelProto in float32.

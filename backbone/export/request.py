@@ -33,7 +33,7 @@ _NEEDED: Final[Mapping[Target, tuple[str, ...]]] = {
 }
 _DTYPES_OF: Final[Mapping[Target, tuple[DType, ...]]] = {
     "onnx": ("float32", "float16", "int8"),
-    "openvino": ("float32", "float16"),
+    "openvino": ("float32", "float16", "int8"),
     "aoti": ("float32", "bfloat16", "float16"),
     "torch-export": ("float32", "bfloat16", "float16"),
     "executorch": ("float32",),
@@ -41,7 +41,6 @@ _DTYPES_OF: Final[Mapping[Target, tuple[DType, ...]]] = {
 _WHY_NOT: Final[Mapping[tuple[Target, DType], str]] = {
     ("onnx", "bfloat16"): "ONNX Runtime has no bfloat16 convolution on a CPU, where the file is checked; use float16",
     ("openvino", "bfloat16"): "OpenVINO chooses bfloat16 itself where the CPU has it, by INFERENCE_PRECISION_HINT",
-    ("openvino", "int8"): "OpenVINO is quantised by NNCF, from the float32 file",
     ("aoti", "int8"): "AOTInductor compiles quantised models of torchao, from the float32 model",
     ("torch-export", "int8"): "a torch.export file is quantised by torchao, from the float32 file",
     ("executorch", "int8"): "ExecuTorch is quantised by torchao's XNNPACK quantizer, from the float32 model",
@@ -100,7 +99,11 @@ class Request:
         if self.triton is not None and self.to not in ("onnx", "openvino"):
             raise ValueError(f"a Triton entry is written for onnx and openvino, got {self.to}; leave triton out")
         self._check_path()
+        if self.triton is not None:
+            require_writable(next(folder for folder in (self.triton, *self.triton.parents) if folder.exists()))
         require_libraries(self.to)
+        if (self.to, self.dtype) == ("openvino", "int8") and importlib.util.find_spec("nncf") is None:
+            raise MissingExtraError("int8 for openvino needs nncf, which quantises: pip install nncf")
 
     def _check_path(self) -> None:
         suffix = SUFFIXES[self.to]

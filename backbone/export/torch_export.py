@@ -1,5 +1,6 @@
 """torch.export's own archive: for another process with torch, without this package."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,10 @@ def write(program: ExportedProgram, draft: Path, metadata: Mapping[str, str]) ->
     """Write the program, without this machine's paths, and the metadata beside it in the archive."""
     forget_the_machine(program)
     program._example_inputs = None  # they alone would be pickled
+    archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
     with quiet():
-        torch.export.save(program, draft, extra_files={_METADATA: json.dumps(dict(metadata))})
+        torch.export.save(program, archive, extra_files={_METADATA: json.dumps(dict(metadata))})
+    draft.write_bytes(archive.getbuffer())
 
 
 def forget_the_machine(program: ExportedProgram) -> None:

@@ -1,15 +1,18 @@
 """torch.export of a network, of any image size and batch or of one."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
 
 from backbone.export.folding import fold_norms
 from backbone.export.network import Network
 from backbone.export.quiet import quiet
 from backbone.export.request import Request
+from backbone.export.resizing import AntialiasingAsProducts
 
 AXES = ("batch", "height", "width")
 
@@ -45,7 +48,10 @@ def trace(network: Network, request: Request) -> Traced:
         height, width = images.shape[2:]
         inputs = (images, torch.tensor([float(height), float(width)]), torch.ones(4))
         shapes = (*shapes, None, None)
-    with quiet(), torch.no_grad():
+    resizing = AntialiasingAsProducts() if request.to in ("onnx", "openvino") else nullcontext()
+    # Without the patch the question whether a cropped map is contiguous would fix the image's size.
+    any_contiguity = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined] # a config module's
+    with quiet(), torch.no_grad(), any_contiguity, resizing:
         try:
             program = torch.export.export(network.module, inputs, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, torch._dynamo.exc.UserError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 from torch import Tensor, nn
 
@@ -17,6 +17,9 @@ from backbone.export.network import Network, understand
 from backbone.export.request import DEFAULT_OPSET, DType, Request, Target
 from backbone.export.tracing import Traced, trace
 from backbone.weights.writing import put_in_place
+
+_DISK_FAILURES: Final = ("iostream error", "No space left", "File too large", "Can't open")
+"""What libraries say that raise no OSError."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class ExportReport:
         apart = f"{found.features:.1e} of a map's largest value"
         if "count" in self.outputs:
             apart = f"{found.boxes:.1e} pixels and {found.scores:.1e} in score over {found.num_detections} detections"
+        if found.cosines:
+            apart = "in cosine " + ", ".join(f"{name} {cosine:.4f}" for name, cosine in found.cosines.items())
         batches = ", ".join(" x ".join(map(str, case)) for case in self.cases)
         lines = [
             f"{self.path} ({self.size / 1e6:.1f} MB, {self.target}): {', '.join(self.outputs)}",
@@ -94,7 +99,8 @@ def export_model(
         opset: Of ONNX, at least 18.
         with_preprocessing: Let the file take uint8 RGB images (N, 3, H, W) and prepare them as the weights expect.
         class_names: By label, for the file's metadata.
-        calibration: For int8: batches of images as the file takes them, typical of what it will see.
+        calibration: For int8: batches of images as the file takes them, typical of what it will see. Some hundred
+            images are enough; a sequence that reads them one by one keeps them out of memory.
         triton: Folder of a Triton model repository to write an entry for the file into.
 
     Raises:
@@ -164,14 +170,15 @@ def write_draft(
             from backbone.export import onnx, openvino
 
             model = onnx.build(network, traced, request, metadata)
-            if request.dtype == "int8":
-                from backbone.export.quantization import quantise
-
-                model = quantise(model, calibration, draft.parent)
             if request.to == "onnx":
+                if request.dtype == "int8":
+                    from backbone.export.quantization import quantise
+
+                    model = quantise(model, calibration, draft.parent)
                 onnx.write(model, draft)
             else:
-                openvino.write(model, draft, metadata, half_weights=request.dtype == "float16")
+                half, images = request.dtype == "float16", calibration if request.dtype == "int8" else ()
+                openvino.write(model, draft, metadata, half_weights=half, calibration=images)
         elif request.to == "aoti":
             from backbone.export import aoti
 
@@ -187,7 +194,7 @@ def write_draft(
     except OSError as error:
         raise OSError(error.errno, f"{request.path}: cannot be written ({error.strerror or error})") from error
     except RuntimeError as error:
-        if any(word in str(error) for word in ("PytorchStreamWriter", "No space left", "File too large", "Can't open")):
+        if any(word in str(error) for word in _DISK_FAILURES):
             raise OSError(f"{request.path}: cannot be written ({' '.join(str(error).split())[:200]})") from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{request.to} cannot express this model: {reason}") from error

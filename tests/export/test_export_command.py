@@ -1,12 +1,14 @@
 """``backbone export`` on the command line: what it takes, and one line for what it cannot."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cells import detector
 from typer.testing import CliRunner
 
+from backbone import Backbone
 from backbone.command.app import app
 from backbone.command.export import load_model
 from backbone.export import read_metadata
@@ -21,10 +23,13 @@ max_size: 200
 BAD = {
     "nothing to export": (["--out", "model.onnx"], "give what to export and --out"),
     "nowhere to write": (["resnet18"], "give what to export and --out"),
+    "an unknown target": (["resnet18", "--out", "m.onnx", "--to", "onxn"], "did you mean 'onnx'"),
+    "an unknown dtype": (["resnet18", "--out", "m.onnx", "--dtype", "float8"], "dtype must be one of"),
+    "a folder that cannot be written": (["resnet18", "--out", "/proc/m.onnx"], "must exist and be writable, got /proc"),
     "a size and any size": (["resnet18", "--out", "m.onnx", "--dynamic", "--image-size", "64", "64"], "opposite"),
     "a network that is none": (["resnet52", "--out", "m.pt2", "--to", "torch-export"], "did you mean 'resnet50'"),
     "a recipe that is not there": (["absent.yaml", "--out", "m.pt2", "--to", "torch-export"], "absent.yaml"),
-    "a folder that is no run": ([".", "--out", "m.pt2", "--to", "torch-export"], "must hold recipe.yaml"),
+    "a folder that is no run": ([".", "--out", "m.pt2", "--to", "torch-export"], "must hold model.pth or last.ckpt"),
     "a file to check that is not there": (["--check", "absent.onnx"], "must exist, got absent.onnx"),
     "a file of no runtime": (["--check", __file__], "an exported file ends in one of"),
 }
@@ -52,11 +57,58 @@ def test_a_name_becomes_a_checked_file(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["export", "--check", str(file)]).exit_code == 0
 
 
-def test_a_run_gives_its_trained_detector(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, Any]:
+    """A finished run's folder and its detector: model.pth, and a last.ckpt whose weights are others."""
     pytest.importorskip("lightning", reason="pip install 'backbone[train]'")
-    trained = detector("retinanet")
+    from backbone.recipe import load_detector_config
+    from backbone.training.facts import facts_of, metadata_of, with_facts
+
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    state = {f"detector.{key}": value for key, value in trained.state_dict().items()}
+    config = load_detector_config(tmp_path / "recipe.yaml")
+    trained, unfinished = detector("retinanet"), detector("retinanet")
+    facts = facts_of(trained, config, {1: "cat", 3: "dog"}, {7: 1, 9: 3}, {})
+    body = next(module for module in trained.modules() if isinstance(module, Backbone))
+    torch.save(with_facts(trained.state_dict(), facts, metadata_of(body, config)), tmp_path / "model.pth")
+    state = {f"detector.{key}": value for key, value in unfinished.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
-    loaded, _ = load_model(str(tmp_path))
-    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in loaded.state_dict().items())
+    return tmp_path, (trained, unfinished)
+
+
+def equal(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    states = (model.state_dict(), other.state_dict())
+    return all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+def test_a_finished_run_gives_the_detector_and_the_names_of_its_model_file(
+    run: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, (trained, _) = run
+    (folder / "recipe.yaml").unlink()  # the file stands alone
+    loaded, names = load_model(str(folder))
+    assert equal(loaded, trained)
+    assert names == ("", "cat", "", "dog")
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unfinished_run_gives_its_last_epoch_and_says_so(
+    run: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, (_, unfinished) = run
+    (folder / "model.pth").unlink()
+    loaded, _ = load_model(str(folder))
+    assert equal(loaded, unfinished)
+    assert "holds no model.pth" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_any_recipe_is_one_line(run: tuple[Path, Any]) -> None:
+    folder, _ = run
+    for name in ("model.pth", "recipe.yaml"):
+        (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"recipe\.yaml must be beside it"):
+        load_model(str(folder))
+
+
+def test_a_recipe_of_the_package_needs_no_path() -> None:
+    model, _ = load_model("shapes_retinanet", weights=None)
+    assert type(model).__name__ == "RetinaNet"

@@ -1,5 +1,6 @@
 """What exports are made of, without a runtime: fixed shapes, folding, pixels."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from backbone.export.affine import PixelAffine
 from backbone.export.detection.core import DetectorCore, fixed_shapes
 from backbone.export.detection.operators import NOTHING, select_best, suppress
 from backbone.export.folding import fold_norms, for_export
-from backbone.export.network import strides_of
-from backbone.export.resizing import resize
+from backbone.export.network import strides_of, understand
+from backbone.export.request import Request
+from backbone.export.resizing import AntialiasingAsProducts, resize
+from backbone.export.tracing import trace
 from backbone.features import Preprocessing
 
 
@@ -102,3 +105,26 @@ def test_bgr_weights_of_0_to_255_get_rgb_bytes_in_their_own_order() -> None:
 def test_a_preparation_that_mixes_channels_is_refused() -> None:
     with pytest.raises(ValueError, match="got one that mixes them"):
         PixelAffine.of(lambda image: image.mean(0, keepdim=True).expand(3, 1, 1), 3)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_antialiased_resizing_is_traced_as_products_and_any_other_as_it_is(mode: str) -> None:
+    embedding = torch.randn(1, 8, 14, 14)
+    with AntialiasingAsProducts():
+        products = nn.functional.interpolate(embedding, size=(10, 17), mode=mode, antialias=True)
+        plain = nn.functional.interpolate(embedding, size=(10, 17), mode=mode)
+    assert relative_error(products, nn.functional.interpolate(embedding, (10, 17), mode=mode, antialias=True)) < 1e-5
+    assert torch.equal(plain, nn.functional.interpolate(embedding, (10, 17), mode=mode))
+
+
+@pytest.mark.parametrize("size", [(65, 97), (64, 96), (96, 33)])
+def test_a_network_that_pads_its_images_is_traced_for_sizes_that_need_it_and_for_those_that_do_not(
+    size: tuple[int, int],
+) -> None:
+    pytest.importorskip("timm", reason="pip install 'backbone[timm]'")
+    model = backbone("timm/convnext_atto", norm="bn", out_features=("c2",)).eval()
+    request = Request(Path("model.pt2"), "torch-export")
+    traced = trace(understand(model, request), request)
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        assert relative_error(traced.program.module()(images)["c2"], model(images)["c2"]) < 1e-5

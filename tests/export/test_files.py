@@ -69,6 +69,17 @@ def test_levels_agree_with_pytorch_at_sizes_that_the_export_never_saw(
         assert relative_error(torch.from_numpy(actual[name]), level) < 1e-5
 
 
+def test_a_network_that_pads_its_images_gives_maps_of_sizes_rounded_up(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="pip install 'backbone[timm]'")
+    model = backbone("timm/convnext_atto", norm="bn", out_features=("c2", "c3")).eval()
+    export_model(model, tmp_path / "model.onnx")
+    images = torch.rand(1, 3, 101, 64)
+    with torch.no_grad():
+        expected = model(images)
+    for name, actual in run(tmp_path / "model.onnx", images.numpy()).items():
+        assert relative_error(torch.from_numpy(actual), expected[name]) < 1e-4
+
+
 def test_axes_have_names_and_norms_are_folded(file: Path) -> None:
     graph = onnx.load(file).graph
     dims = [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]
@@ -161,16 +172,29 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "model.onnx").read_text() == "an older file"
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+FULL = {
+    "onnx": ("onnx", "model.onnx", "float32", 100_000),
+    "onnx in int8": ("onnx", "model.onnx", "int8", 100_000),
+    "openvino": ("openvino", "model.xml", "float32", 100_000),
+    "torch-export": ("torch-export", "model.pt2", "float32", 100_000),
+}
+
+
+@pytest.mark.parametrize(("to", "name", "dtype", "room"), FULL.values(), ids=FULL)
+def test_a_full_disk_is_one_line_and_leaves_nothing(to: str, name: str, dtype: str, room: int, tmp_path: Path) -> None:
+    if to == "openvino":
+        pytest.importorskip("openvino", reason="pip install 'backbone[export]'")
     code = f"""
-import resource, signal
+import resource, signal, torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from backbone.export import export_model
 from cells import backbone
 model = backbone("resnet18", out_features=("c2",))
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+photos = [torch.rand(1, 3, 64, 64)] if {dtype!r} == "int8" else ()
+settings = dict(to={to!r}, dtype={dtype!r}, image_size=(64, 64), batch=1, calibration=photos)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 try:
-    export_model(model, {str(tmp_path / "model.onnx")!r}, image_size=(64, 64), batch=1)
+    export_model(model, {str(tmp_path / name)!r}, **settings)
 except OSError as error:
     assert "cannot be written" in str(error) and "\\n" not in str(error), error
 else:

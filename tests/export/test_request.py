@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import build
+from torch import nn
 
 from backbone.export import MissingExtraError, export_model
 
@@ -19,6 +20,7 @@ BAD = {
     "no images at a time": ({"batch": 0}, "model.onnx", "batch must be at least 1"),
     "an image without pixels": ({"image_size": (0, 32)}, "model.onnx", "at least 1 pixel"),
     "an opset too old for RoiAlign": ({"opset": 11}, "model.onnx", "opset must be at least 18"),
+    "a Triton repository that cannot be written": ({"triton": "/proc/models"}, "model.onnx", "writable, got /proc"),
     "Triton for a phone": ({"to": "torch-export", "triton": "repository"}, "model.pt2", "leave triton out"),
 }
 
@@ -43,3 +45,14 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match="must exist and be writable, got /proc"):
         export_model(build("resnet18"), "/proc/model.onnx")
+
+
+@pytest.mark.parametrize("size", [(4, 40), None], ids=["one size", "any size"])
+def test_a_size_that_the_network_cannot_take_is_said_with_its_reason(
+    size: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 7), nn.AvgPool2d(200 if size is None else 1))
+    with pytest.raises(ValueError, match=r"cannot take images of \d+ x \d+ pixels \(.*give --image-size") as caught:
+        export_model(network, tmp_path / "model.pt2", to="torch-export", image_size=size)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

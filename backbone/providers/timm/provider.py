@@ -163,16 +163,20 @@ class TimmBackbone(Backbone):
     def forward(self, images: Tensor) -> Features:
         """Images (N, in_channels, H, W) -> ``{"c2": (N, C, H/4, W/4), ..., "c5": (N, C, H/32, W/32)}``; round up."""
         height, width = self._require_images(images)
-        bottom, right = -height % self.size_multiple, -width % self.size_multiple
+        bottom, right = (_steps(side, self.size_multiple) * self.size_multiple - side for side in (height, width))
         maps = timm_plan.features_at(self.network, F.pad(images, (0, right, 0, bottom)), self.indices)
         if self.pyramid is not None:
             features: Features = self.pyramid(maps[0])
         else:
             features = dict(zip(self.feature_specs, maps, strict=True))
-        if not bottom and not right:
+        if (
+            not torch.compiler.is_exporting() and not bottom and not right
+        ):  # in an export the question would fix the size
             return features
-        sizes = {name: (-(-height // s.stride), -(-width // s.stride)) for name, s in self.feature_specs.items()}
-        return {name: features[name][..., :rows, :columns] for name, (rows, columns) in sizes.items()}
+        return {
+            name: features[name][..., : _steps(height, spec.stride), : _steps(width, spec.stride)]
+            for name, spec in self.feature_specs.items()
+        }
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing]:
         """Return timm's weights under the tag ``name``, fetched by timm.
@@ -266,6 +270,11 @@ register_eval_form(BatchNormAct2d, EvalBatchNormAct2d)
 register_frozen_form(EvalBatchNormAct2d, FrozenBatchNormAct2d)
 register_frozen_form(BatchNormAct2d, FrozenBatchNormAct2d)
 register_frozen_form(SyncBatchNormAct, FrozenBatchNormAct2d)
+
+
+def _steps(side: int, stride: int) -> int:
+    """Return ``side / stride``, rounded up without a negative number: ONNX's division of integers rounds towards 0."""
+    return (side + stride - 1) // stride
 
 
 def _with_norms(network: nn.Module, norm: NormName, model: str) -> nn.Module:
