@@ -122,7 +122,7 @@ class PluginEncoder(TransparentWrapper, EncoderMixin):  # type: ignore[misc]
         """
         features = self.network(images)
         if "c1" not in features:
-            height, width = (-(-side // C1_STRIDE) for side in images.shape[-2:])
+            height, width = ((side + C1_STRIDE - 1) // C1_STRIDE for side in images.shape[-2:])  # ONNX rounds towards 0
             features["c1"] = images.new_empty(len(images), 0, height, width)
         return [images, *(features[name] for name in FEATURE_NAMES[: self._depth])]
 
