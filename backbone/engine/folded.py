@@ -110,6 +110,11 @@ class FoldedConv2d(nn.Conv2d):
             return prepared.winograd(x, relu=relu)
         return conv_bias_act(x, best, bias, self.geometry, residual, relu=relu, reuse_residual=reuse_residual)
 
+    def forget_shapes(self) -> None:
+        """Compute the next input as if it were the first."""
+        self._restore()
+        self._passed_over = 0
+
     def prepared_bytes(self) -> int:
         """Return the bytes kept beside the parameters."""
         prepared = self._prepared

@@ -1,0 +1,114 @@
+"""The same job on Ray Data: a row is a shard, and an actor computes and writes it.
+
+Ray schedules: which machine takes which shard, how many wait, and what is done again after a machine is lost. A shard
+is the same wherever it is computed, and is put in its place whole, so that doing one twice does no harm.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, Final
+
+import torch
+
+from backbone.extraction.folder import Shard
+from backbone.extraction.job import Job, Progress, write_shards
+from backbone.extraction.network import Network
+from backbone.extraction.sources import Named
+from backbone.features import Backbone
+
+_PROCESSORS_PER_ACTOR: Final = 1
+_SECONDS_PER_SHARD: Final = 1e-3
+
+
+class RayEngine:
+    """Computes the shards of ``write_features`` on a Ray cluster.
+
+    The folder of the results must be one that all machines see. The images may be addresses that fsspec knows.
+
+    Args:
+        address: Of the cluster; ``auto`` finds the one this machine belongs to, None starts one here.
+        actors: Networks at once; by default one for each GPU of the cluster, or one where there is none.
+
+    Raises:
+        ModuleNotFoundError: If Ray is not installed.
+    """
+
+    def __init__(self, address: str | None = None, actors: int | None = None) -> None:
+        if find_spec("ray") is None:
+            raise ModuleNotFoundError(
+                "--engine ray needs Ray, which is not installed: pip install 'backbone[ray]'; where Ray has no wheel "
+                "for this Python, take --engine local",
+                name="ray",
+            )
+        self.address, self.actors = address, actors
+
+    def __call__(self, job: Job, model: Backbone, shards: Sequence[Shard], progress: Progress) -> None:
+        """Write all of ``shards``.
+
+        Raises:
+            OSError: If a shard failed for good; those that are whole stay so.
+        """
+        import ray
+        import ray.data
+
+        started = not ray.is_initialized()
+        if started:
+            ray.init(address=self.address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+        try:
+            self._run(ray, job, model, shards, progress)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise OSError(f"Ray gave up: {str(cause).strip().splitlines()[-1]}") from None
+        finally:
+            if started:
+                ray.shutdown()
+
+    def _run(self, ray: Any, job: Job, model: Backbone, shards: Sequence[Shard], progress: Progress) -> None:  # noqa: ANN401
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        actors = self.actors or max(1, gpus)
+        rows = [
+            {"number": shard.number, "start": shard.start, "names": [image.name for image in shard.images],
+             "paths": [image.path for image in shard.images]}
+            for shard in shards
+        ]  # fmt: skip
+        written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            ShardWorker,
+            fn_constructor_kwargs={"job": job, "model": ray.put(model.cpu() if gpus else model)},
+            batch_size=1,
+            concurrency=actors,
+            num_cpus=_PROCESSORS_PER_ACTOR + job.workers,
+            num_gpus=1 if gpus else 0,
+        )
+        for row in written.iter_rows():
+            progress(int(row["images"]))
+
+
+class ShardWorker:
+    """An actor: loads the network once and writes shards.
+
+    Args:
+        job: What and where to.
+        model: The backbone, or a reference to it in Ray's store.
+    """
+
+    def __init__(self, job: Job, model: Any) -> None:  # noqa: ANN401
+        import ray
+
+        backbone = ray.get(model) if isinstance(model, ray.ObjectRef) else model
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.job, self.network = job, Network(backbone, job.request, device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        """Write the shards of a batch of rows; return how many images each holds."""
+        counts = []
+        for number, start, names, paths in zip(
+            *(batch[key] for key in ("number", "start", "names", "paths")), strict=True
+        ):
+            images = [Named(str(name), str(path)) for name, path in zip(names, paths, strict=True)]
+            write_shards(self.job, self.network, [Shard(int(number), int(start), images)], _silent)
+            counts.append(len(images))
+        return {"images": counts}
+
+
+def _silent(_count: int) -> None:
+    pass
