@@ -95,7 +95,9 @@ def write_features(
     """
     require_format(format, request)
     network = Network(model, request, device)
-    folder = OutputFolder(out, format, images_per_shard or IMAGES_PER_SHARD[request.pool != "none"])
+    folder = OutputFolder(
+        out if engine is None else out.absolute(), format, images_per_shard or IMAGES_PER_SHARD[request.pool != "none"]
+    )
     told = progress or _silent
     facts = {**(about or {}), **_facts(network)}
     lock = folder.lock()
@@ -123,11 +125,17 @@ def write_shards(job: Job, network: Network, shards: Sequence[Shard], progress: 
     """
     tasks = ((shard.start + place, image.path) for shard in shards for place, image in enumerate(shard.images))
     reads = read_all(tasks, job.request, job.workers)
-    with _Background() as background:
+    drafts: deque[_OpenShard] = deque(maxlen=_WAITING_BATCHES + 2)  # earlier ones are in their place
+
+    def clean() -> None:
+        for each in drafts:
+            each.abandon()
+
+    with _Background(clean) as background:
         for shard in shards:
             network.start_anew()
             written = _OpenShard(job, network, shard)
-            background.cleanup = written.abandon
+            drafts.append(written)
             for results in computed(islice(reads, len(shard.images)), network):
                 background.run(written.add, results)
                 progress(len(results))
@@ -182,7 +190,8 @@ class _OpenShard:
             return result
         features = {level: values.cpu() for level, values in result.features.items()}
         if not all(values.sum(dtype=torch.float32).isfinite() for values in features.values()):
-            note = f"its features are not finite in {self.job.request.dtype}, stored as {self.job.request.stored_dtype}"
+            computed_in, stored_in = self.job.request.dtype, self.job.request.stored_dtype
+            note = f"its features are not finite, computed in {computed_in} and stored in {stored_in}"
             return replace(result, features=None, note=note)
         name = self.shard.images[result.number - self.shard.start].name
         self._writer().add(Item(result.number, name, result.size, features))
@@ -197,17 +206,31 @@ class _OpenShard:
 
 
 class _Background:
-    """One thread that does things in turn, few of them waiting; what it raises comes out at the next call."""
+    """One thread that does things in turn, few of them waiting; after an error it does no more and raises it.
 
-    def __init__(self) -> None:
+    Args:
+        cleanup: Called at the end, whatever happened.
+    """
+
+    def __init__(self, cleanup: Callable[[], None]) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self.waiting: deque[Future[None]] = deque()
-        self.cleanup: Callable[[], None] = _nothing
+        self.cleanup, self.failed = cleanup, False
 
     def run(self, function: Callable[..., None], *arguments: object) -> None:
-        self.waiting.append(self.executor.submit(function, *arguments))
+        """Do this later; raises what an earlier one raised."""
+        self.waiting.append(self.executor.submit(self._unless_failed, function, *arguments))
         while len(self.waiting) > _WAITING_BATCHES:
             self.waiting.popleft().result()
+
+    def _unless_failed(self, function: Callable[..., None], *arguments: object) -> None:
+        if self.failed:
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self.failed = True
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -217,8 +240,8 @@ class _Background:
             while kind is None and self.waiting:
                 self.waiting.popleft().result()
         finally:
-            self.executor.shutdown(cancel_futures=True)
-            self.cleanup()  # of a shard that is in its place there is nothing to clean
+            self.executor.shutdown()
+            self.cleanup()
 
 
 @contextmanager
@@ -266,8 +289,4 @@ def _facts(network: Network) -> dict[str, str]:
 
 
 def _silent(_count: int) -> None:
-    pass
-
-
-def _nothing() -> None:
     pass

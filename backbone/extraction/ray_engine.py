@@ -17,7 +17,6 @@ from backbone.extraction.sources import Named
 from backbone.features import Backbone
 
 _PROCESSORS_PER_ACTOR: Final = 1
-_SECONDS_PER_SHARD: Final = 1e-3
 
 
 class RayEngine:
@@ -53,7 +52,9 @@ class RayEngine:
 
         started = not ray.is_initialized()
         if started:
-            ray.init(address=self.address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+            local = {} if self.address else {"include_dashboard": False}
+            ray.init(address=self.address, log_to_driver=False, configure_logging=False, **local)
+            ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
         try:
             self._run(ray, job, model, shards, progress)
         except ray.exceptions.RayError as error:
@@ -71,11 +72,12 @@ class RayEngine:
              "paths": [image.path for image in shard.images]}
             for shard in shards
         ]  # fmt: skip
+        stored = ray.put(model)  # held here as long as an actor may start again
         written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             ShardWorker,
-            fn_constructor_kwargs={"job": job, "model": ray.put(model.cpu() if gpus else model)},
+            fn_constructor_kwargs={"job": job, "model": stored},
             batch_size=1,
-            concurrency=actors,
+            compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=_PROCESSORS_PER_ACTOR + job.workers,
             num_gpus=1 if gpus else 0,
         )

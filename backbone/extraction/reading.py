@@ -1,7 +1,6 @@
 """Images read by worker processes, in the order of the list; one that is damaged or hostile costs itself alone."""
 
 import errno
-import faulthandler
 import os
 import signal
 import threading
@@ -25,10 +24,10 @@ from backbone.images import UnreadableImageError, read_with_notes
 MAX_DECODED_PIXELS: Final = 2**26
 """Pixels of a file that are decoded at all: some 700 MB while it is turned upright and to RGB."""
 MAX_FILE_BYTES: Final = 2**28
-SECONDS: Final = 10
+SECONDS: Final = 8
 """Processor time that decoding one image may take."""
-STUCK_SECONDS: Final = 40
-"""Time on the clock after which a process that is stuck within a library ends itself."""
+STUCK_SECONDS: Final = 9
+"""Processor time after which a process ends that is stuck within a library and does not hear of the limit."""
 MEMORY_BYTES: Final = 2**30
 """Memory that a worker process may take beside what it starts with."""
 PREFETCHED: Final = 4
@@ -188,7 +187,7 @@ class _Reader(Dataset[Read]):
 
 def _content_of(source: Source) -> bytes | Image.Image:
     """Return an image in memory, or a file's bytes; a disk may take its time, outside of all limits."""
-    if isinstance(source, Image.Image):
+    if isinstance(source, Image.Image | bytes):
         return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:  # noqa: PLR2004
@@ -200,7 +199,8 @@ def _content_of(source: Source) -> bytes | Image.Image:
 def _decoded(content: bytes | Image.Image, source: Source) -> tuple[Image.Image, list[str]]:
     if isinstance(content, Image.Image):
         return content.convert("RGB"), []
-    return read_with_notes(Path(str(source)), data=content, max_pixels=MAX_DECODED_PIXELS)
+    name = "bytes" if isinstance(source, bytes) else str(source)
+    return read_with_notes(Path(name), data=content, max_pixels=MAX_DECODED_PIXELS)
 
 
 def _bytes_of(path: str) -> bytes:
@@ -225,16 +225,14 @@ def _limited_time() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGPROF"):
         yield
         return
-    in_worker = torch.utils.data.get_worker_info() is not None
     before = signal.signal(signal.SIGPROF, _give_up)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    if in_worker:
-        faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True, file=_nowhere())
+    if torch.utils.data.get_worker_info() is not None:
+        signal.setitimer(signal.ITIMER_VIRTUAL, STUCK_SECONDS)  # whose signal, unheard, ends a process
     try:
         yield
     finally:
-        if in_worker:
-            faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
 
@@ -243,16 +241,6 @@ def _give_up(_signal: int, _frame: object) -> None:
     error = UnreadableImageError(f"takes more than {SECONDS} s to be decoded")
     error.reason = str(error)
     raise error
-
-
-_open_nowhere: list[Any] = []
-
-
-def _nowhere() -> Any:  # noqa: ANN401
-    """Return a file for words that nobody needs."""
-    if not _open_nowhere:
-        _open_nowhere.append(open(os.devnull, "w"))  # noqa: SIM115 - open as long as the process
-    return _open_nowhere[0]
 
 
 def _words_of(error: Exception) -> str:

@@ -11,8 +11,8 @@ from PIL import Image
 
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
-Source: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any]
-"""A path, an address such as s3://bucket/a.jpg, an image, or an array (H, W, 3) of uint8 in RGB."""
+Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
+"""A path, an address such as s3://bucket/a.jpg, a file's bytes, an image, or an array (H, W, 3) of uint8 in RGB."""
 
 
 class Named(NamedTuple):
