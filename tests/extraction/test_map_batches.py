@@ -11,7 +11,7 @@ from backbone.extraction import FeatureExtractor, extract
 IMAGES = [np.random.default_rng(n).integers(0, 256, (40 + 8 * (n % 2), 64, 3), dtype=np.uint8) for n in range(5)]
 
 
-def column(*values: object) -> np.ndarray:  # type: ignore[type-arg]
+def column(*values: object) -> np.ndarray:
     """An array of objects, as Ray Data makes of images of several sizes."""
     array = np.empty(len(values), dtype=object)
     array[:] = values

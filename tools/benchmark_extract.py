@@ -1,0 +1,190 @@
+"""Extraction in bulk against its own network, its own parts and a plain loop, interleaved in one run.
+
+    python tools/benchmark_extract.py --images 100 --rounds 5
+    python tools/benchmark_extract.py --images 2000 --rounds 1 --no-loop
+
+Draws photos of one size as JPEG. A round times each contender once, in shuffled order, over all photos:
+`network` computes and pools what lies decoded in memory, `extract` is backbone.extraction from files to shards, and
+`loop` is timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same
+batch and workers, that saves pooled vectors. Beside them stand the rates of the parts: decoding on one processor by
+Pillow and by torchvision.io, and writing.
+"""
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from benchmark.command import hardware
+from benchmark.networks import DeviceName
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from shapes.drawing import SHAPES, draw_scene
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from backbone import build_backbone
+from backbone.extraction import Request, list_images, write_features
+from backbone.extraction.network import Network
+from backbone.images import read_image
+
+console = Console(width=120)
+
+
+def draw_photos(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """Write drawn scenes as JPEG, height x width."""
+    for number in range(count):
+        pixels, _ = draw_scene(np.random.default_rng([0, number]), size, list(SHAPES), 6, (0.1, 0.8))
+        Image.fromarray(pixels).save(folder / f"{number:06d}.jpg", quality=90)
+
+
+class Photos(Dataset[Tensor]):
+    """What a plain loop reads: (3, H, W) of uint8."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.paths[index]) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def plain_loop(
+    name: str, paths: list[str], out: Path, dtype: torch.dtype, batch: int, workers: int
+) -> Callable[[], None]:
+    """Return what somebody writes who knows timm, and what makes it fast."""
+    import timm
+
+    model = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4))
+    model = model.eval().to(dtype).to(memory_format=torch.channels_last)
+    mean = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+    def run() -> None:
+        vectors: list[list[Tensor]] = [[] for _ in range(4)]
+        with torch.inference_mode():
+            for images in DataLoader(Photos(paths), batch_size=batch, num_workers=workers):
+                normal = ((images.float() - mean) / std).to(dtype).contiguous(memory_format=torch.channels_last)
+                for level, maps in zip(vectors, model(normal), strict=True):
+                    level.append(maps.mean((2, 3), dtype=torch.float32))
+        np.savez(out / "loop.npz", *[torch.cat(level).numpy() for level in vectors])
+
+    return run
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Return how long ``run`` takes."""
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def rates_of_parts(paths: list[str], out: Path) -> dict[str, float]:
+    """Return images a second on one processor, and MB a second onto the disk."""
+    from torchvision.io import decode_jpeg, read_file
+
+    some = paths[:100]
+
+    def pillow() -> None:
+        for path in some:
+            np.array(read_image(Path(path)))
+
+    def torchvisions() -> None:
+        for path in some:
+            decode_jpeg(read_file(path))
+
+    data = np.random.default_rng(0).bytes(2**26)
+
+    def write() -> None:
+        import os
+
+        with (out / "rate").open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return {
+        "decoding by Pillow, images/s": len(some) / min(seconds(pillow) for _ in range(3)),
+        "decoding by torchvision.io, images/s": len(some) / min(seconds(torchvisions) for _ in range(3)),
+        "writing, MB/s": len(data) / 1e6 / min(seconds(write) for _ in range(3)),
+    }
+
+
+def main(
+    name: Annotated[str, typer.Option(help="Of the network, the same in timm.")] = "resnet50",
+    images: Annotated[int, typer.Option(min=1, help="Photos to draw.")] = 100,
+    image_size: Annotated[tuple[int, int], typer.Option(metavar="H W", help="In pixels.")] = (480, 640),
+    dtype: Annotated[str, typer.Option(help="What to compute in.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="Photos at once.")] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 1,
+    pool: Annotated[str, typer.Option(help="avg, gem or none.")] = "avg",
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    loop: Annotated[bool, typer.Option(help="Whether timm's loop takes part.")] = True,
+) -> None:
+    """Draw, measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        photos, out = Path(folder) / "photos", Path(folder) / "out"
+        photos.mkdir()
+        out.mkdir()
+        draw_photos(photos, images, image_size)
+        listed = list_images([photos])
+        paths = [image.path for image in listed]
+        torch.manual_seed(0)
+        model = build_backbone(name, norm="bn").eval()
+        request = Request.model_validate({"pool": pool, "dtype": dtype, "batch": batch})
+        network = Network(model, request)
+        decoded = [torch.from_numpy(np.array(read_image(Path(path)))) for path in paths[: min(images, 8 * batch)]]
+        batches = [torch.stack(decoded[start : start + batch]) for start in range(0, len(decoded), batch)]
+        number_of_batches = -(-images // batch)
+
+        def network_alone() -> None:
+            for turn in range(number_of_batches):
+                network(batches[turn % len(batches)])
+
+        def extraction() -> None:
+            write_features(listed, model, out / "shards", request, workers=workers, overwrite=True)
+
+        contenders = {"network": network_alone, "extract": extraction}
+        if loop:
+            contenders["loop"] = plain_loop(name, paths, out, getattr(torch, dtype), batch, workers)
+        for _ in range(3):
+            network(batches[0])
+        times: dict[str, list[float]] = {contender: [] for contender in contenders}
+        order = random.Random(0)
+        for _ in range(rounds):
+            for contender in order.sample(list(contenders), len(contenders)):
+                times[contender].append(seconds(contenders[contender]))
+        title = f"{name}, {dtype}, {image_size[0]}x{image_size[1]}, batch {batch}, {workers} workers, pool {pool}, "
+        title += f"{images} photos, {rounds} rounds, {hardware(DeviceName.CPU)}"
+        report(times, images, rates_of_parts(paths, out), title)
+
+
+def report(times: dict[str, list[float]], images: int, parts: dict[str, float], title: str) -> None:
+    """Print rates, and ratios within rounds."""
+    table = Table(title=title)
+    for heading in ("", "images/s", "of the network's rate", "time / extract's"):
+        table.add_column(heading, justify="right")
+    for contender, found in times.items():
+        of_network = [alone / own for alone, own in zip(times["network"], found, strict=True)]
+        to_ours = [own / ours for own, ours in zip(found, times["extract"], strict=True)]
+        table.add_row(
+            contender, f"{images / statistics.median(found):.2f}", f"{statistics.median(of_network):.1%}",
+            f"{statistics.median(to_ours):.3f} ({min(to_ours):.2f} - {max(to_ours):.2f})",
+        )  # fmt: skip
+    console.print(table)
+    for part, rate in parts.items():
+        console.print(f"{part}: {rate:.0f}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
