@@ -129,6 +129,7 @@ def main(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 1,
     pool: Annotated[str, typer.Option(help="avg, gem or none.")] = "avg",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
+    limit: Annotated[float, typer.Option(help="Seconds after which no further round begins.")] = 240,
     loop: Annotated[bool, typer.Option(help="Whether timm's loop takes part.")] = True,
 ) -> None:
     """Draw, measure and print."""
@@ -161,11 +162,15 @@ def main(
             network(batches[0])
         times: dict[str, list[float]] = {contender: [] for contender in contenders}
         order = random.Random(0)
-        for _ in range(rounds):
+        begun = time.perf_counter()
+        for turn in range(rounds):
+            if turn and (time.perf_counter() - begun) * (turn + 1) / turn > limit:
+                break
             for contender in order.sample(list(contenders), len(contenders)):
                 times[contender].append(seconds(contenders[contender]))
+                console.print(f"{contender}: {images / times[contender][-1]:.2f} images/s", highlight=False)
         title = f"{name}, {dtype}, {image_size[0]}x{image_size[1]}, batch {batch}, {workers} workers, pool {pool}, "
-        title += f"{images} photos, {rounds} rounds, {hardware(DeviceName.CPU)}"
+        title += f"{images} photos, {len(times['network'])} rounds, {hardware(DeviceName.CPU)}"
         report(times, images, rates_of_parts(paths, out), title)
 
 
