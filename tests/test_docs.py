@@ -42,6 +42,7 @@ LIBRARIES = {
     "lightning": ("lightning", "torchmetrics", "pycocotools"),
     "mmengine": ("mmengine",),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "ray": ("ray", "pyarrow"),
     "segmentation_models_pytorch": ("segmentation_models_pytorch",),
     "timm": ("timm",),
     "transformers": ("transformers",),
