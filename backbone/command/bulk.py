@@ -12,9 +12,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from backbone.command.terminal import print_note
+from backbone.command.terminal import make_writable, print_note, torch_device
 from backbone.config import BackboneConfig
-from backbone.console import errors
+from backbone.console import Device, errors
 from backbone.extraction.formats import ShardFormat
 from backbone.extraction.job import Engine, write_features
 from backbone.extraction.request import Request
@@ -72,7 +72,7 @@ def extract_in_bulk(
     settings: BackboneConfig,
     request: Request,
     format: ShardFormat,
-    device: torch.device,
+    device: Device,
     bulk: Bulk,
     *,
     recursive: bool,
@@ -89,25 +89,29 @@ def extract_in_bulk(
         "weights": settings.weights or "random (seed 0)",
         "config": settings.model_dump_json(exclude_defaults=True),
     }
+    engine = _engine(bulk, device)
+    place = torch_device(device) if engine is None else torch.device("cpu")  # Ray's machines have their own
+    workers = workers_for(bulk.workers, place if engine is None else torch.device(engine.device))
+    make_writable(out)
     with told_progress(len(images)) as progress:
         failed = write_features(
             images, model, out, request,
-            format=format, images_per_shard=bulk.images_per_shard, workers=workers_for(bulk.workers, device),
-            device=device, overwrite=bulk.overwrite, about=about, progress=progress, engine=_engine(bulk),
+            format=format, images_per_shard=bulk.images_per_shard, workers=workers,
+            device=place, overwrite=bulk.overwrite, about=about, progress=progress, engine=engine,
         )  # fmt: skip
     print(out / "index.csv")
     if failed:
         print_note(f"{failed:,} of {len(images):,} images failed; {out / 'failed.csv'} says why")
 
 
-def _engine(bulk: Bulk) -> Engine | None:
+def _engine(bulk: Bulk, device: Device) -> Engine | None:
     if bulk.engine is EngineName.LOCAL:
         if bulk.address is not None or bulk.actors is not None:
             raise ValueError("--address and --actors are Ray's; add --engine ray")
         return None
     from backbone.extraction.ray_engine import RayEngine
 
-    return RayEngine(address=bulk.address, actors=bulk.actors)
+    return RayEngine(bulk.address, bulk.actors, None if device is Device.AUTO else device.value)
 
 
 class Teller:

@@ -144,9 +144,7 @@ def extract_command(
                 settings = settings.replaced({"out_features": request.levels})
             model = _built(settings)
             _print_notes(settings, model)
-            extract_in_bulk(
-                paths, out, model, settings, request, shards, torch_device(device), bulk, recursive=recursive
-            )
+            extract_in_bulk(paths, out, model, settings, request, shards, device, bulk, recursive=recursive)
             return
     _extract_one_by_one(
         [Path(path) for path in paths], out, settings, file_format,

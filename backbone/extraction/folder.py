@@ -102,8 +102,9 @@ class OutputFolder:
             for pattern in _OURS[::-1]:  # the settings first: what is left without them is nobody's
                 for old in self.path.glob(pattern):
                     old.unlink()
-        for draft in (*self.path.glob(".shard-*.part"), *self.path.glob(".*.csv.*.part")):
-            draft.unlink(missing_ok=True)  # of a run that was killed
+        for pattern in (".shard-*.part", ".*.csv.*.part", f".{SETTINGS}.*.part"):
+            for draft in self.path.glob(pattern):
+                draft.unlink(missing_ok=True)  # of a run that was killed
         if file.exists():
             _refuse_others(self.path, json.loads(file.read_text()), json.loads(json.dumps(settings)))
             return
@@ -143,10 +144,10 @@ class OutputFolder:
 
         def write(draft: Path, *, failures_only: bool) -> None:
             nonlocal failed
-            with draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            with draft.open("w", encoding="utf-8", newline="") as file:
                 file.write(_line(("image", "reason") if failures_only else COLUMNS))
                 for number in range(-(-len(images) // self.images_per_shard)):
-                    part = self.part(number).read_text(encoding="utf-8", errors="surrogateescape")
+                    part = self.part(number).read_text(encoding="utf-8")
                     if not failures_only:
                         file.write(part)
                         continue
@@ -194,4 +195,4 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _write_text(draft: Path, text: str) -> None:
-    draft.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+    draft.write_text(text, encoding="utf-8", newline="")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final, Protocol, Self
 
 import torch
 
-from backbone.extraction.folder import Entry, OutputFolder, Shard, fingerprint
+from backbone.extraction.folder import INDEX, Entry, OutputFolder, Shard, fingerprint
 from backbone.extraction.formats import Item, ShardFormat, ShardWriter, draft_of, open_shard, require_format
 from backbone.extraction.network import Network
 from backbone.extraction.reading import read_all
@@ -41,16 +41,22 @@ class Job:
         request: What to compute.
         metadata: What each shard says of its features.
         workers: Processes that read, beside the one that computes.
+        device: Where to compute, ``cpu`` or ``cuda``.
     """
 
     folder: OutputFolder
     request: Request
     metadata: Mapping[str, str]
     workers: int
+    device: str
 
 
 class Engine(Protocol):
     """Computes shards elsewhere than in this process."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes, ``cpu`` or ``cuda``."""
 
     def __call__(self, job: Job, model: Backbone, shards: Sequence[Shard], progress: Progress) -> None:
         """Write all of ``shards``."""
@@ -94,7 +100,8 @@ def write_features(
         OSError: If nothing can be written, or the folder of the images vanishes; shards that are whole stay so.
     """
     require_format(format, request)
-    network = Network(model, request, device)
+    network = Network(model, request, device if engine is None else "cpu")
+    kind = network.device.type if engine is None else engine.device
     folder = OutputFolder(
         out if engine is None else out.absolute(), format, images_per_shard or IMAGES_PER_SHARD[request.pool != "none"]
     )
@@ -102,15 +109,16 @@ def write_features(
     facts = {**(about or {}), **_facts(network)}
     lock = folder.lock()
     try:
-        folder.begin({**_identity(images, model, network, folder), **facts}, overwrite=overwrite)
+        folder.begin({**_identity(images, model, network, folder), "device": kind, **facts}, overwrite=overwrite)
         missing = folder.missing(images)
         told(len(images) - sum(len(shard.images) for shard in missing))
-        job = Job(folder, request, facts, workers)
+        job = Job(folder, request, facts, workers, kind)
         if engine is None:
             write_shards(job, network, missing, told)
         elif missing:
             engine(job, model, missing, told)
-        return folder.finish(images)
+        with _named_errors(out / INDEX):
+            return folder.finish(images)
     finally:
         lock.release()
 
@@ -266,7 +274,6 @@ def _identity(images: Sequence[Named], model: Backbone, network: Network, folder
         **network.request.model_dump(mode="json"),
         "format": str(folder.format),
         "images_per_shard": folder.images_per_shard,
-        "device": network.device.type,
     }
 
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Final
 
-import torch
-
 from backbone.extraction.folder import Shard
 from backbone.extraction.job import Job, Progress, write_shards
 from backbone.extraction.network import Network
@@ -27,19 +25,25 @@ class RayEngine:
     Args:
         address: Of the cluster; ``auto`` finds the one this machine belongs to, None starts one here.
         actors: Networks at once; by default one for each GPU of the cluster, or one where there is none.
+        device: ``cpu`` or ``cuda``; by default the latter where the cluster has a GPU.
 
     Raises:
         ModuleNotFoundError: If Ray is not installed.
     """
 
-    def __init__(self, address: str | None = None, actors: int | None = None) -> None:
+    def __init__(self, address: str | None = None, actors: int | None = None, device: str | None = None) -> None:
         if find_spec("ray") is None:
             raise ModuleNotFoundError(
                 "--engine ray needs Ray, which is not installed: pip install 'backbone[ray]'; where Ray has no wheel "
                 "for this Python, take --engine local",
                 name="ray",
             )
-        self.address, self.actors = address, actors
+        self.address, self.actors, self._device, self.started = address, actors, device, False
+
+    @property
+    def device(self) -> str:
+        """Where it computes, ``cpu`` or ``cuda``; asks the cluster."""
+        return self._device or ("cuda" if self._gpus() else "cpu")
 
     def __call__(self, job: Job, model: Backbone, shards: Sequence[Shard], progress: Progress) -> None:
         """Write all of ``shards``.
@@ -47,42 +51,49 @@ class RayEngine:
         Raises:
             OSError: If a shard failed for good; those that are whole stay so.
         """
-        import ray
-        import ray.data
-
-        started = not ray.is_initialized()
-        if started:
-            local = {} if self.address else {"include_dashboard": False}
-            ray.init(address=self.address, log_to_driver=False, configure_logging=False, **local)
-            ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
+        ray = self._connected()
+        stored = ray.put(model)  # held here as long as an actor may start again
         try:
-            self._run(ray, job, model, shards, progress)
+            for row in self._written(ray, job, stored, shards).iter_rows():
+                progress(int(row["images"]))
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise OSError(f"Ray gave up: {str(cause).strip().splitlines()[-1]}") from None
         finally:
-            if started:
+            if self.started:
                 ray.shutdown()
 
-    def _run(self, ray: Any, job: Job, model: Backbone, shards: Sequence[Shard], progress: Progress) -> None:  # noqa: ANN401
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        actors = self.actors or max(1, gpus)
+    def _written(self, ray: Any, job: Job, model: Any, shards: Sequence[Shard]) -> Any:  # noqa: ANN401
+        """Return the pipeline: rows of shards -> how many images each holds."""
         rows = [
             {"number": shard.number, "start": shard.start, "names": [image.name for image in shard.images],
              "paths": [image.path for image in shard.images]}
             for shard in shards
         ]  # fmt: skip
-        stored = ray.put(model)  # held here as long as an actor may start again
-        written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes())
+        return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             ShardWorker,
-            fn_constructor_kwargs={"job": job, "model": stored},
+            fn_constructor_kwargs={"job": job, "model": model},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=_PROCESSORS_PER_ACTOR + job.workers,
-            num_gpus=1 if gpus else 0,
+            compute=ray.data.ActorPoolStrategy(size=self.actors or max(1, self._gpus())),
+            num_cpus=min(_PROCESSORS_PER_ACTOR + job.workers, largest),  # no machine could take more
+            num_gpus=1 if job.device == "cuda" else 0,
         )
-        for row in written.iter_rows():
-            progress(int(row["images"]))
+
+    def _gpus(self) -> int:
+        return int(self._connected().cluster_resources().get("GPU", 0))
+
+    def _connected(self) -> Any:  # noqa: ANN401
+        """Return Ray, with a cluster."""
+        import ray
+        import ray.data
+
+        if not ray.is_initialized():
+            local = {} if self.address else {"include_dashboard": False}
+            ray.init(address=self.address, log_to_driver=False, configure_logging=False, **local)
+            ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
+            self.started = True
+        return ray
 
 
 class ShardWorker:
@@ -97,8 +108,7 @@ class ShardWorker:
         import ray
 
         backbone = ray.get(model) if isinstance(model, ray.ObjectRef) else model
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.job, self.network = job, Network(backbone, job.request, device)
+        self.job, self.network = job, Network(backbone, job.request, job.device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         """Write the shards of a batch of rows; return how many images each holds."""

@@ -40,7 +40,8 @@ def list_images(paths: Sequence[str | os.PathLike[str]], *, recursive: bool = Fa
     """
     found: dict[str, str] = {}
     for path in [os.fspath(each) for each in paths]:
-        for name, place in _within(path, recursive=recursive):
+        for raw, place in _within(path, recursive=recursive):
+            name = os.fsencode(raw).decode(errors="backslashreplace")  # bytes that are no text: tables take text alone
             if found.setdefault(name, place) != place:
                 raise ValueError(
                     f"{found[name]} and {place} would both be called {name}; rename one, extract them to different "

@@ -1,9 +1,11 @@
 """Lists of images: names that are unique, an order that no file system decides, addresses of others."""
 
+import os
 from pathlib import Path
 
 import pytest
-from small_runs import small_network, write_photos
+from safetensors.torch import load_file
+from small_runs import small_network, write, write_photos
 
 from backbone.extraction import extract, list_images
 
@@ -48,3 +50,10 @@ def test_addresses_of_another_file_system_are_listed_and_read(tmp_path: Path) ->
     assert [image.name for image in images] == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
     results = list(extract([image.path for image in images], small_network(), workers=0))
     assert all(each.features is not None for each in results)
+
+
+def test_a_name_that_is_no_text_becomes_one(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "in", 1)
+    (photos / "000.jpg").rename(photos / os.fsdecode(b"\xff.jpg"))
+    assert write(photos, tmp_path / "out") == 0
+    assert sorted(load_file(tmp_path / "out" / "shard-000000.safetensors")) == ["\\xff.jpg/c2", "\\xff.jpg/c3"]
