@@ -3,9 +3,9 @@
     python tools/benchmark_extract.py --images 100 --rounds 5
     python tools/benchmark_extract.py --images 2000 --rounds 1 --no-loop
 
-Draws photos of one size as JPEG. A round times each contender once, in shuffled order, over all photos:
-`network` computes and pools what lies decoded in memory, `extract` is backbone.extraction from files to shards, and
-`loop` is timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same
+Photos are of one size, as JPEG: drawn scenes, and each fourth a part of matplotlib's photo. A round times each
+contender once, in shuffled order, over all photos: `network` computes maps of normalised images in memory, `vectors`
+goes from decoded bytes in memory to pooled vectors, `extract` is backbone.extraction from files to shards, and `loop` is timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same
 batch and workers, that saves pooled vectors. Beside them stand the rates of the parts: decoding on one processor by
 Pillow and by torchvision.io, and writing.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib.cbook
 import numpy as np
 import torch
 import typer
@@ -30,19 +31,28 @@ from shapes.drawing import SHAPES, draw_scene
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from backbone import build_backbone
+from backbone import build_backbone, optimize_for_inference
 from backbone.extraction import Request, list_images, write_features
 from backbone.extraction.network import Network
+from backbone.extraction.pixels import normalise
 from backbone.images import read_image
 
 console = Console(width=120)
 
 
 def draw_photos(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Write drawn scenes as JPEG, height x width."""
+    """Write drawn scenes and parts of a photo as JPEG, height x width."""
+    with Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
+        photo.load()
     for number in range(count):
-        pixels, _ = draw_scene(np.random.default_rng([0, number]), size, list(SHAPES), 6, (0.1, 0.8))
-        Image.fromarray(pixels).save(folder / f"{number:06d}.jpg", quality=90)
+        rng = np.random.default_rng([0, number])
+        if number % 4 == 0:
+            left, top = rng.integers(0, photo.width // 4), rng.integers(0, photo.height // 4)
+            part = photo.crop((left, top, left + photo.width * 3 // 4, top + photo.height * 3 // 4))
+            picture = part.resize(size[::-1])
+        else:
+            picture = Image.fromarray(draw_scene(rng, size, list(SHAPES), 6, (0.1, 0.8))[0])
+        picture.save(folder / f"{number:06d}.jpg", quality=90)
 
 
 class Photos(Dataset[Tensor]):
@@ -148,18 +158,29 @@ def main(
         batches = [torch.stack(decoded[start : start + batch]) for start in range(0, len(decoded), batch)]
         number_of_batches = -(-images // batch)
 
+        fast = optimize_for_inference(model, dtype=getattr(torch, dtype))
+        normal = [
+            normalise(each, model.preprocessing).contiguous(memory_format=torch.channels_last) for each in batches
+        ]
+
         def network_alone() -> None:
+            with torch.inference_mode():
+                for turn in range(number_of_batches):
+                    fast(normal[turn % len(normal)])
+
+        def vectors() -> None:
             for turn in range(number_of_batches):
                 network(batches[turn % len(batches)])
 
         def extraction() -> None:
             write_features(listed, model, out / "shards", request, workers=workers, overwrite=True)
 
-        contenders = {"network": network_alone, "extract": extraction}
+        contenders = {"network": network_alone, "vectors": vectors, "extract": extraction}
         if loop:
             contenders["loop"] = plain_loop(name, paths, out, getattr(torch, dtype), batch, workers)
         for _ in range(3):
             network(batches[0])
+            fast(normal[0])
         times: dict[str, list[float]] = {contender: [] for contender in contenders}
         order = random.Random(0)
         begun = time.perf_counter()
