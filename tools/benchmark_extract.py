@@ -4,10 +4,12 @@
     python tools/benchmark_extract.py --images 2000 --rounds 1 --no-loop
 
 Photos are of one size, as JPEG: drawn scenes, and each fourth a part of matplotlib's photo. A round times each
-contender once, in shuffled order, over all photos: `network` computes maps of normalised images in memory, `vectors`
-goes from decoded bytes in memory to pooled vectors, `extract` is backbone.extraction from files to shards, and `loop` is timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same
-batch and workers, that saves pooled vectors. Beside them stand the rates of the parts: decoding on one processor by
-Pillow and by torchvision.io, and writing.
+contender once, in shuffled order, over all photos. `network` computes maps of normalised images in memory, `vectors`
+goes from decoded bytes in memory to pooled vectors, and `extract` is backbone.extraction from files to shards. `loop` is
+timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same batch and
+workers; it saves pooled vectors. Rates are from the end of the first batch on, and the seconds before that, in which
+processes start, stand apart. Beside them stand the rates of the parts: decoding on one processor by Pillow and by
+torchvision.io, and writing.
 """
 
 import random
@@ -37,6 +39,9 @@ from backbone.extraction.network import Network
 from backbone.extraction.pixels import normalise
 from backbone.images import read_image
 
+Mark = Callable[[int], None]
+"""Told how many more images are done."""
+
 console = Console(width=120)
 
 
@@ -47,7 +52,7 @@ def draw_photos(folder: Path, count: int, size: tuple[int, int]) -> None:
     for number in range(count):
         rng = np.random.default_rng([0, number])
         if number % 4 == 0:
-            left, top = rng.integers(0, photo.width // 4), rng.integers(0, photo.height // 4)
+            left, top = int(rng.integers(0, photo.width // 4)), int(rng.integers(0, photo.height // 4))
             part = photo.crop((left, top, left + photo.width * 3 // 4, top + photo.height * 3 // 4))
             picture = part.resize(size[::-1])
         else:
@@ -71,7 +76,7 @@ class Photos(Dataset[Tensor]):
 
 def plain_loop(
     name: str, paths: list[str], out: Path, dtype: torch.dtype, batch: int, workers: int
-) -> Callable[[], None]:
+) -> Callable[[Mark], None]:
     """Return what somebody writes who knows timm, and what makes it fast."""
     import timm
 
@@ -80,16 +85,27 @@ def plain_loop(
     mean = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
-    def run() -> None:
+    def run(mark: Mark) -> None:
         vectors: list[list[Tensor]] = [[] for _ in range(4)]
         with torch.inference_mode():
             for images in DataLoader(Photos(paths), batch_size=batch, num_workers=workers):
                 normal = ((images.float() - mean) / std).to(dtype).contiguous(memory_format=torch.channels_last)
                 for level, maps in zip(vectors, model(normal), strict=True):
                     level.append(maps.mean((2, 3), dtype=torch.float32))
+                mark(len(images))
         np.savez(out / "loop.npz", *[torch.cat(level).numpy() for level in vectors])
 
     return run
+
+
+def steady(run: Callable[[Mark], None]) -> tuple[float, float]:
+    """Return the seconds until the first batch is done, and then images a second until all is."""
+    counts: list[tuple[float, int]] = []
+    begun = time.perf_counter()
+    run(lambda count: counts.append((time.perf_counter(), count)))
+    ended = time.perf_counter()
+    first = next(place for place, (_, count) in enumerate(counts) if count)
+    return counts[first][0] - begun, sum(count for _, count in counts[first + 1 :]) / (ended - counts[first][0])
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -163,17 +179,19 @@ def main(
             normalise(each, model.preprocessing).contiguous(memory_format=torch.channels_last) for each in batches
         ]
 
-        def network_alone() -> None:
+        def network_alone(mark: Mark) -> None:
             with torch.inference_mode():
                 for turn in range(number_of_batches):
                     fast(normal[turn % len(normal)])
+                    mark(batch)
 
-        def vectors() -> None:
+        def vectors(mark: Mark) -> None:
             for turn in range(number_of_batches):
                 network(batches[turn % len(batches)])
+                mark(batch)
 
-        def extraction() -> None:
-            write_features(listed, model, out / "shards", request, workers=workers, overwrite=True)
+        def extraction(mark: Mark) -> None:
+            write_features(listed, model, out / "shards", request, workers=workers, overwrite=True, progress=mark)
 
         contenders = {"network": network_alone, "vectors": vectors, "extract": extraction}
         if loop:
@@ -181,31 +199,36 @@ def main(
         for _ in range(3):
             network(batches[0])
             fast(normal[0])
-        times: dict[str, list[float]] = {contender: [] for contender in contenders}
+        rates: dict[str, list[float]] = {contender: [] for contender in contenders}
+        starts: dict[str, list[float]] = {contender: [] for contender in contenders}
         order = random.Random(0)
         begun = time.perf_counter()
         for turn in range(rounds):
             if turn and (time.perf_counter() - begun) * (turn + 1) / turn > limit:
                 break
             for contender in order.sample(list(contenders), len(contenders)):
-                times[contender].append(seconds(contenders[contender]))
-                console.print(f"{contender}: {images / times[contender][-1]:.2f} images/s", highlight=False)
+                start, rate = steady(contenders[contender])
+                starts[contender].append(start)
+                rates[contender].append(rate)
+                console.print(f"{contender}: {rate:.2f} images/s after {start:.2f} s", highlight=False)
         title = f"{name}, {dtype}, {image_size[0]}x{image_size[1]}, batch {batch}, {workers} workers, pool {pool}, "
-        title += f"{images} photos, {len(times['network'])} rounds, {hardware(DeviceName.CPU)}"
-        report(times, images, rates_of_parts(paths, out), title)
+        title += f"{images} photos, {len(rates['network'])} rounds, {hardware(DeviceName.CPU)}"
+        report(rates, starts, rates_of_parts(paths, out), title)
 
 
-def report(times: dict[str, list[float]], images: int, parts: dict[str, float], title: str) -> None:
+def report(rates: dict[str, list[float]], starts: dict[str, list[float]], parts: dict[str, float], title: str) -> None:
     """Print rates, and ratios within rounds."""
     table = Table(title=title)
-    for heading in ("", "images/s", "of the network's rate", "time / extract's"):
+    for heading in ("", "images/s", "of the network's", "extract's / its", "s before"):
         table.add_column(heading, justify="right")
-    for contender, found in times.items():
-        of_network = [alone / own for alone, own in zip(times["network"], found, strict=True)]
-        to_ours = [own / ours for own, ours in zip(found, times["extract"], strict=True)]
+    for contender, found in rates.items():
+        of_network = [own / alone for own, alone in zip(found, rates["network"], strict=True)]
+        of_ours = [ours / own for ours, own in zip(rates["extract"], found, strict=True)]
         table.add_row(
-            contender, f"{images / statistics.median(found):.2f}", f"{statistics.median(of_network):.1%}",
-            f"{statistics.median(to_ours):.3f} ({min(to_ours):.2f} - {max(to_ours):.2f})",
+            contender, f"{statistics.median(found):.2f}",
+            f"{statistics.median(of_network):.1%} ({min(of_network):.0%} - {max(of_network):.0%})",
+            f"{statistics.median(of_ours):.2f} ({min(of_ours):.2f} - {max(of_ours):.2f})",
+            f"{statistics.median(starts[contender]):.2f}",
         )  # fmt: skip
     console.print(table)
     for part, rate in parts.items():
