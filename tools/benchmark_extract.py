@@ -5,9 +5,9 @@
 
 Photos are of one size, as JPEG: drawn scenes, and each fourth a part of matplotlib's photo. A round times each
 contender once, in shuffled order, over all photos. `network` computes maps of normalised images in memory, `vectors`
-goes from decoded bytes in memory to pooled vectors, and `extract` is backbone.extraction from files to shards. `loop` is
-timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same batch and
-workers; it saves pooled vectors. Rates are from the end of the first batch on, and the seconds before that, in which
+goes from decoded bytes in memory to pooled vectors, and `extract` is backbone.extraction from files to shards. `loop`
+is timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same batch
+and workers; it saves pooled vectors. Rates are from the end of the first batch on, and the seconds before that, in which
 processes start, stand apart. Beside them stand the rates of the parts: decoding on one processor by Pillow and by
 torchvision.io, and writing.
 """
@@ -193,7 +193,11 @@ def main(
         def extraction(mark: Mark) -> None:
             write_features(listed, model, out / "shards", request, workers=workers, overwrite=True, progress=mark)
 
-        contenders = {"network": network_alone, "vectors": vectors, "extract": extraction}
+        contenders: dict[str, Callable[[Mark], None]] = {
+            "network": network_alone,
+            "vectors": vectors,
+            "extract": extraction,
+        }
         if loop:
             contenders["loop"] = plain_loop(name, paths, out, getattr(torch, dtype), batch, workers)
         for _ in range(3):
