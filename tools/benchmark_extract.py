@@ -7,9 +7,9 @@ Photos are of one size, as JPEG: drawn scenes, and each fourth a part of matplot
 contender once, in shuffled order, over all photos. `network` computes maps of normalised images in memory, `vectors`
 goes from decoded bytes in memory to pooled vectors, and `extract` is backbone.extraction from files to shards. `loop`
 is timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same batch
-and workers; it saves pooled vectors. Rates are from the end of the first batch on, and the seconds before that, in which
-processes start, stand apart. Beside them stand the rates of the parts: decoding on one processor by Pillow and by
-torchvision.io, and writing.
+and workers; it saves pooled vectors. Rates are from the end of the first batch on, and the seconds before that, in
+which processes start, stand apart. Beside them stand the rates of the parts: decoding on one processor by Pillow and
+by torchvision.io, and writing.
 """
 
 import random
