@@ -8,17 +8,19 @@ contender once, in shuffled order, over all photos. `network` computes maps of n
 goes from decoded bytes in memory to pooled vectors, and `extract` is backbone.extraction from files to shards. `loop`
 is timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same batch
 and workers; it saves pooled vectors. Rates are from the end of the first batch on, and the seconds before that, in
-which processes start, stand apart. Beside them stand the rates of the parts: decoding on one processor by Pillow and
+which processes start, stand apart. The work of processors beside them is what a machine that does other things cannot
+blur; with OMP_NUM_THREADS=1 no thread waits for another. Beside them stand the rates of the parts: decoding on one processor by Pillow and
 by torchvision.io, and writing.
 """
 
+import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib.cbook
 import numpy as np
@@ -98,14 +100,35 @@ def plain_loop(
     return run
 
 
-def steady(run: Callable[[Mark], None]) -> tuple[float, float]:
-    """Return the seconds until the first batch is done, and then images a second until all is."""
-    counts: list[tuple[float, int]] = []
+class Measured(NamedTuple):
+    """What one contender took in one round.
+
+    Attributes:
+        start: Seconds until the first batch was done.
+        rate: Images a second from then on.
+        work: Processor seconds an image from then on, those of the processes that read included.
+    """
+
+    start: float
+    rate: float
+    work: float
+
+
+def processor_seconds() -> float:
+    """Return what this process and those of its children that have ended have used."""
+    return sum(os.times()[:4])
+
+
+def steady(run: Callable[[Mark], None]) -> Measured:
+    """Run a contender once."""
+    marks: list[tuple[float, float, int]] = []
     begun = time.perf_counter()
-    run(lambda count: counts.append((time.perf_counter(), count)))
-    ended = time.perf_counter()
-    first = next(place for place, (_, count) in enumerate(counts) if count)
-    return counts[first][0] - begun, sum(count for _, count in counts[first + 1 :]) / (ended - counts[first][0])
+    run(lambda count: marks.append((time.perf_counter(), processor_seconds(), count)))
+    ended, used = time.perf_counter(), processor_seconds()
+    first = next(place for place, (_, _, count) in enumerate(marks) if count)
+    moment, used_before, _ = marks[first]
+    images = sum(count for _, _, count in marks[first + 1 :])
+    return Measured(moment - begun, images / (ended - moment), (used - used_before) / images)
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -132,8 +155,6 @@ def rates_of_parts(paths: list[str], out: Path) -> dict[str, float]:
     data = np.random.default_rng(0).bytes(2**26)
 
     def write() -> None:
-        import os
-
         with (out / "rate").open("wb") as file:
             file.write(data)
             file.flush()
@@ -203,36 +224,37 @@ def main(
         for _ in range(3):
             network(batches[0])
             fast(normal[0])
-        rates: dict[str, list[float]] = {contender: [] for contender in contenders}
-        starts: dict[str, list[float]] = {contender: [] for contender in contenders}
+        found: dict[str, list[Measured]] = {contender: [] for contender in contenders}
         order = random.Random(0)
         begun = time.perf_counter()
         for turn in range(rounds):
             if turn and (time.perf_counter() - begun) * (turn + 1) / turn > limit:
                 break
             for contender in order.sample(list(contenders), len(contenders)):
-                start, rate = steady(contenders[contender])
-                starts[contender].append(start)
-                rates[contender].append(rate)
-                console.print(f"{contender}: {rate:.2f} images/s after {start:.2f} s", highlight=False)
+                found[contender].append(one := steady(contenders[contender]))
+                console.print(
+                    f"{contender}: {one.rate:.2f} images/s, {one.work * 1e3:.1f} ms of a processor an image, after "
+                    f"{one.start:.2f} s", highlight=False,
+                )  # fmt: skip
         title = f"{name}, {dtype}, {image_size[0]}x{image_size[1]}, batch {batch}, {workers} workers, pool {pool}, "
-        title += f"{images} photos, {len(rates['network'])} rounds, {hardware(DeviceName.CPU)}"
-        report(rates, starts, rates_of_parts(paths, out), title)
+        title += f"{images} photos, {len(found['network'])} rounds, {hardware(DeviceName.CPU)}"
+        report(found, rates_of_parts(paths, out), title)
 
 
-def report(rates: dict[str, list[float]], starts: dict[str, list[float]], parts: dict[str, float], title: str) -> None:
-    """Print rates, and ratios within rounds."""
+def report(found: dict[str, list[Measured]], parts: dict[str, float], title: str) -> None:
+    """Print rates and work, and ratios within rounds."""
     table = Table(title=title)
-    for heading in ("", "images/s", "of the network's", "extract's / its", "s before"):
+    for heading in ("", "images/s", "of the network's", "extract's / its", "ms of a processor", "network's / its"):
         table.add_column(heading, justify="right")
-    for contender, found in rates.items():
-        of_network = [own / alone for own, alone in zip(found, rates["network"], strict=True)]
-        of_ours = [ours / own for ours, own in zip(rates["extract"], found, strict=True)]
+    for contender, rounds in found.items():
+        of_network = [own.rate / alone.rate for own, alone in zip(rounds, found["network"], strict=True)]
+        of_ours = [ours.rate / own.rate for ours, own in zip(found["extract"], rounds, strict=True)]
+        work = [alone.work / own.work for own, alone in zip(rounds, found["network"], strict=True)]
         table.add_row(
-            contender, f"{statistics.median(found):.2f}",
-            f"{statistics.median(of_network):.1%} ({min(of_network):.0%} - {max(of_network):.0%})",
-            f"{statistics.median(of_ours):.2f} ({min(of_ours):.2f} - {max(of_ours):.2f})",
-            f"{statistics.median(starts[contender]):.2f}",
+            contender, f"{statistics.median(each.rate for each in rounds):.2f}",
+            *(f"{statistics.median(of):.2f} ({min(of):.2f} - {max(of):.2f})" for of in (of_network, of_ours)),
+            f"{1e3 * statistics.median(each.work for each in rounds):.1f}",
+            f"{statistics.median(work):.2f} ({min(work):.2f} - {max(work):.2f})",
         )  # fmt: skip
     console.print(table)
     for part, rate in parts.items():
