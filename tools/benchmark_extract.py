@@ -8,9 +8,9 @@ contender once, in shuffled order, over all photos. `network` computes maps of n
 goes from decoded bytes in memory to pooled vectors, and `extract` is backbone.extraction from files to shards. `loop`
 is timm's features_only network, channels_last, its weights in the same dtype, behind a DataLoader with the same batch
 and workers; it saves pooled vectors. Rates are from the end of the first batch on, and the seconds before that, in
-which processes start, stand apart. The work of processors beside them is what a machine that does other things cannot
-blur; with OMP_NUM_THREADS=1 no thread waits for another. Beside them stand the rates of the parts: decoding on one processor by Pillow and
-by torchvision.io, and writing.
+which processes start, stand apart. The work of processors beside them is what other programs do not blur; with
+OMP_NUM_THREADS=1 no thread waits for another. Below stand the rates of the parts: decoding on one processor by Pillow
+and by torchvision.io, and writing.
 """
 
 import os
