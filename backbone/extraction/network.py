@@ -80,8 +80,7 @@ def pool(maps: Tensor, *, gem: bool) -> Tensor:
 def _mean_in_parts(rows: Tensor, *, gem: bool) -> Tensor:
     """Pixels (H x W, C) -> their mean (C,) in float32, few pixels at a time.
 
-    On the CPU torch's mean of bfloat16 takes a third of a network's time, and a copy of all in float32 as long: its
-    memory is new to the process each time.
+    A copy of a whole map in float32 would be new memory each time, whose pages cost the CPU more than the sums.
     """
     step = max(1, _PART // rows.shape[1])
     parts = [_powers(rows[start : start + step].float(), gem=gem).sum(0) for start in range(0, len(rows), step)]
