@@ -71,27 +71,28 @@ def pool(maps: Tensor, *, gem: bool) -> Tensor:
     GeM is arXiv:1711.02512, with values below 1e-6 raised to it.
     """
     if maps.is_cuda:
-        means = _powers(maps.float(), gem=gem).mean((2, 3))
+        values = maps.float()
+        means = (values.clamp(min=_GEM_LEAST).pow(GEM_POWER) if gem else values).mean((2, 3))
     else:
         means = torch.stack([_mean_in_parts(each.permute(1, 2, 0).flatten(0, 1), gem=gem) for each in maps])
     return means.pow(1 / GEM_POWER) if gem else means
 
 
 def _mean_in_parts(rows: Tensor, *, gem: bool) -> Tensor:
-    """Pixels (H x W, C) -> their mean (C,) in float32, few pixels at a time.
+    """Pixels (H x W, C) -> their mean (C,) in float32, few pixels at a time in memory that stays the same.
 
-    A copy of a whole map in float32 would be new memory each time, whose pages cost the CPU more than the sums.
+    A copy of a whole map in float32 is new memory each time, whose pages cost the CPU several times the sums.
     """
-    step = max(1, _PART // rows.shape[1])
-    parts = [_powers(rows[start : start + step].float(), gem=gem).sum(0) for start in range(0, len(rows), step)]
-    return torch.stack(parts).sum(0) / len(rows)
-
-
-def _powers(values: Tensor, *, gem: bool) -> Tensor:
-    if not gem:
-        return values
-    values = values.clamp(min=_GEM_LEAST)
-    return values * values * values
+    count, channels = rows.shape
+    step = max(1, _PART // channels)
+    part = torch.empty(min(step, count), channels)
+    total = torch.zeros(channels)
+    for start in range(0, count, step):
+        values = part[: min(step, count - start)].copy_(rows[start : start + step])
+        if gem:
+            values.clamp_(min=_GEM_LEAST).pow_(GEM_POWER)
+        total += values.sum(0)
+    return total / count
 
 
 def stacked(images: Sequence[Tensor]) -> Tensor:
