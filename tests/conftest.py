@@ -65,6 +65,7 @@ SLOW = {
     "extraction/test_hostile.py::test_a_file_that_ends_its_process_costs_itself_alone",
     "extraction/test_hostile.py::test_what_takes_too_long_is_given_up",
     "extraction/test_ray_engine.py",
+    "extraction/test_write_features.py::test_memory_does_not_grow_with_the_number_of_photos",
     "extraction/test_write_features.py::test_killed_at_any_point_it_goes_on_to_the_same_bytes",
     "hosts/test_matrix.py",
     "hosts/test_smp.py::test_dilates_as_smp_does",

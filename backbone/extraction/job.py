@@ -102,9 +102,9 @@ def write_features(
     require_format(format, request)
     network = Network(model, request, device if engine is None else "cpu")
     kind = network.device.type if engine is None else engine.device
-    folder = OutputFolder(
-        out if engine is None else out.absolute(), format, images_per_shard or IMAGES_PER_SHARD[request.pool != "none"]
-    )
+    if images_per_shard is None:
+        images_per_shard = IMAGES_PER_SHARD[request.pool != "none"]
+    folder = OutputFolder(out if engine is None else out.absolute(), format, images_per_shard)
     told = progress or _silent
     facts = {**(about or {}), **_facts(network)}
     lock = folder.lock()

@@ -65,7 +65,7 @@ class FeatureExtractor:
             raise ValueError("store must be float32 or float16, for numpy has no bfloat16; got bfloat16")
         backbone = model if isinstance(model, Backbone) else build_backbone(model)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.column, self.request, self.network = column, request, Network(backbone.eval(), request, place)
+        self.column, self.request, self.network = column, request, Network(backbone, request, place)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """A batch with the images' column -> the same with a column a level and ``note``."""

@@ -4,6 +4,7 @@ Ray schedules: which machine takes which shard, how many wait, and what is done 
 is the same wherever it is computed, and is put in its place whole, so that doing one twice does no harm.
 """
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Final
@@ -57,8 +58,7 @@ class RayEngine:
             for row in self._written(ray, job, stored, shards).iter_rows():
                 progress(int(row["images"]))
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise OSError(f"Ray gave up: {str(cause).strip().splitlines()[-1]}") from None
+            raise OSError(f"Ray gave up: {_words_of(error)}") from None
         finally:
             if self.started:
                 ray.shutdown()
@@ -94,6 +94,12 @@ class RayEngine:
             ray.data.DataContext.get_current().enable_progress_bars = False  # there is one already
             self.started = True
         return ray
+
+
+def _words_of(error: BaseException) -> str:
+    """Return what went wrong in a worker, in one line: the first error of the tracebacks that Ray hands on as text."""
+    first = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception): (.+)$", str(error), re.MULTILINE)
+    return " ".join((first[1] if first else str(error)).split()) or type(error).__name__
 
 
 class ShardWorker:

@@ -300,3 +300,21 @@ def test_killed_at_any_point_it_goes_on_to_the_same_bytes(tmp_path: Path) -> Non
             break
     assert kills >= 2
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("pool", ["avg", "none"])
+def test_memory_does_not_grow_with_the_number_of_photos(tmp_path: Path, pool: str) -> None:
+    photos = write_photos(tmp_path / "in", 4, [(32, 32)])
+    for number in range(2000):
+        (photos / f"link{number:04d}.jpg").symlink_to(photos / "000.jpg")
+    done, held = 0, []
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        held.append((done, 4096 * int(Path("/proc/self/statm").read_text().split()[1])))
+
+    write(photos, tmp_path / "out", pool=pool, batch=20, images_per_shard=100, workers=1, progress=told)
+    early = next(bytes_held for count, bytes_held in held if count > 500)
+    assert held[-1][0] == 2004
+    assert held[-1][1] - early < 2**24
