@@ -13,8 +13,8 @@ from backbone.inference.optimize import forget_shapes, optimize_for_inference
 
 GEM_POWER: Final = 3.0
 _GEM_LEAST: Final = 1e-6
-_PART: Final = 2**15
-"""Numbers that are summed at a time on the CPU: torch gives so few to one thread, and no thread waits for another."""
+_PART: Final = 2**17
+"""Numbers that are summed at a time on the CPU: half a megabyte, which stays in a processor's cache."""
 _CHANNELS: Final = 3
 
 
