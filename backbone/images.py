@@ -1,5 +1,6 @@
 """One reader of photos for training, prediction and ``extract``: upright, RGB, 8 bits, whatever the file holds."""
 
+import io
 import struct
 import warnings
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 SIDEWAYS: Final = (5, 6, 7, 8)
 """Orientations of EXIF that exchange width and height."""
@@ -48,20 +49,29 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
-def read_with_notes(path: Path) -> tuple[Image.Image, list[str]]:
+def read_with_notes(
+    path: Path, *, data: bytes | None = None, max_pixels: int | None = None
+) -> tuple[Image.Image, list[str]]:
     """Return what ``read_image`` does, and what had to be guessed for it, without a warning.
 
+    Args:
+        path: The file, or what to call the image whose bytes are given.
+        data: The file's bytes, where they are read already.
+        max_pixels: Largest width times height that is decoded; None leaves it to Pillow's limit.
+
     Raises:
-        UnreadableImageError: As ``read_image``.
+        UnreadableImageError: As ``read_image``, and of an image of more than ``max_pixels``.
     """
     try:
-        with _opened(path) as file:
+        with _opened(path, data) as file:
+            if max_pixels is not None and file.width * file.height > max_pixels:
+                raise _refused(f"has {file.width} x {file.height} pixels, and {max_pixels:,} are decoded at most")
             signed = _UNSIGNED not in getattr(file, "tag_v2", {}).get(_SAMPLE_FORMAT, (_UNSIGNED,))
             return _to_rgb(ImageOps.exif_transpose(file), signed=signed)
     except UnreadableImageError as error:
         raise _named(path, error.reason) from None
     except Exception as error:  # damaged bytes fail in many ways
-        raise _named(path, reason_of(path, error)) from None
+        raise _named(path, reason_of(path, error) if data is None else _reason_within(data, error)) from None
 
 
 def read_size(path: Path) -> tuple[tuple[int, int], bool, str]:
@@ -106,12 +116,21 @@ def reason_of(path: Path, error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _opened(path: Path) -> Image.Image:
-    if path.exists() and not path.is_file():
+def _reason_within(data: bytes, error: Exception) -> str:
+    """Return why the bytes of a file are no image."""
+    if not data:
+        return "is empty"
+    if isinstance(error, UnidentifiedImageError):  # its words name a place in memory
+        return "no kind of image is known to begin like this"
+    return str(error) or type(error).__name__
+
+
+def _opened(path: Path, data: bytes | None = None) -> Image.Image:
+    if data is None and path.exists() and not path.is_file():
         raise OSError("is no file")  # reading a pipe would wait for ever
     with warnings.catch_warnings():  # a photo of more than 89 megapixels is large, and no attack
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path)
+        return Image.open(path if data is None else io.BytesIO(data))
 
 
 def _named(path: Path, reason: str) -> UnreadableImageError:

@@ -42,6 +42,7 @@ LIBRARIES = {
     "lightning": ("lightning", "torchmetrics", "pycocotools"),
     "mmengine": ("mmengine",),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "ray": ("ray", "pyarrow"),
     "segmentation_models_pytorch": ("segmentation_models_pytorch",),
     "timm": ("timm",),
     "torch_tensorrt": ("torch_tensorrt",),
@@ -151,6 +152,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools 2.0.11
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning 2.6
 @pytest.mark.filterwarnings("ignore:Type google:DeprecationWarning")  # protobuf, which TensorBoard reads
+@pytest.mark.filterwarnings(r"ignore:.use_\w+. is deprecated:DeprecationWarning")  # Ray 2.60 sets them itself
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_run_as_written(
     name: str, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests

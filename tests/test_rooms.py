@@ -20,6 +20,7 @@ ORDER = (
     {"pyramid"},
     {"hosts"},
     {"pretrained"},
+    {"extraction"},
     {"training", "export"},
     {"command"},
 )

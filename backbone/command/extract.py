@@ -1,23 +1,27 @@
 """``backbone extract``: feature maps of photos, as files and as pictures."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from PIL import Image
 from torch import nn
 
-from backbone.command.extraction import extract_features, read_image, resize_image
+from backbone.command.bulk import Bulk, EngineName, count_or_auto, extract_in_bulk
+from backbone.command.extraction import extract_features, read_image
 from backbone.command.photos import name_results, refuse_overwriting
 from backbone.command.results import Format, describe_features, save_results
 from backbone.command.terminal import build_by_recipe, make_writable, one_line, print_note, progress_bar, torch_device
 from backbone.config import BackboneConfig
 from backbone.console import Device, errors, print_error, readable_errors
+from backbone.extraction.formats import ShardFormat, require_format
+from backbone.extraction.pixels import resize_image
+from backbone.extraction.request import MAX_PIXELS, Request
 from backbone.features import Backbone
 from backbone.inference.optimize import optimize_for_inference
 from backbone.recipe import DetectorConfig
@@ -25,6 +29,17 @@ from backbone.shipped import find_recipe, load_recipe
 from backbone.weights.published import list_weights
 
 FAILURES = (ValueError, OSError, RuntimeError, MemoryError)  # torch's are RuntimeErrors
+
+
+PANEL = "In bulk"
+
+
+class PoolName(StrEnum):
+    """What is left of a feature map."""
+
+    NONE = "none"
+    AVG = "avg"
+    GEM = "gem"
 
 
 class Dtype(StrEnum):
@@ -35,35 +50,157 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+def _bulk_option(help: str, default: str, *, least: int | None = None) -> Any:  # noqa: ANN401 - typer's own type
+    return typer.Option(help=help, min=least, show_default=default, rich_help_panel=PANEL)
+
+
+class OutputFormat(StrEnum):
+    """A file for each photo, or shards of many."""
+
+    SAFETENSORS = "safetensors"
+    NPZ = "npz"
+    PT = "pt"
+    SHARDS = "shards"
+    WEBDATASET = "webdataset"
+    PARQUET = "parquet"
+
+
 def extract_command(
-    images: Annotated[list[Path], typer.Option("--images", help="Photos, or folders of photos.")],
+    images: Annotated[
+        list[str], typer.Option("--images", help="Photos or folders; in bulk also s3://... and gs://...")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")],
-    more_images: Annotated[list[Path] | None, typer.Argument(metavar="[PATHS]...", help="More photos.")] = None,
+    more_images: Annotated[list[str] | None, typer.Argument(metavar="[PATHS]...", help="More photos.")] = None,
     config: Annotated[Path | None, typer.Option(help="Recipe (YAML), or the name of one of the package.")] = None,
     name: Annotated[str | None, typer.Option(help="Registered name, in place of a recipe.")] = None,
     weights: Annotated[str | None, typer.Option(help="Weights name or checkpoint; overrides the recipe's.")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Take the folders within folders, too.")] = False,
     shorter_side: Annotated[int | None, typer.Option(min=1, help="Resize to this shorter side, in pixels.")] = None,
     max_size: Annotated[int | None, typer.Option(min=1, help="Longer side at most, in pixels.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Photos of one size that are computed together.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="What to compute in and to store.")] = Dtype.FLOAT32,
-    format: Annotated[Format, typer.Option(help="Of the features' files.")] = Format.SAFETENSORS,
+    batch: Annotated[
+        str,
+        typer.Option(help="Photos of one size that are computed together, or auto.", show_default="1; auto in bulk"),
+    ] = "",
+    dtype: Annotated[Dtype, typer.Option(help="What to compute in, and to store.")] = Dtype.FLOAT32,
+    format: Annotated[
+        OutputFormat | None,
+        typer.Option(
+            help="A file for each photo, or in bulk shards (safetensors), webdataset (tar) or parquet.",
+            show_default="safetensors; shards with an option of bulk",
+        ),
+    ] = None,
     no_picture: Annotated[bool, typer.Option("--no-picture", help="Write the features only.")] = False,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+    pool: Annotated[PoolName | None, _bulk_option("One vector a level, or the maps.", "none")] = None,
+    levels: Annotated[str | None, _bulk_option("Feature maps to keep, such as c4,c5.", "all")] = None,
+    store: Annotated[Dtype | None, _bulk_option("What to store.", "maps as computed, vectors in float32")] = None,
+    workers: Annotated[str | None, _bulk_option("Processes that read photos, or auto.", "auto")] = None,
+    images_per_shard: Annotated[
+        int | None, _bulk_option("Photos whose features are one file.", "1024 with --pool, else 64", least=1)
+    ] = None,
+    multiple_of: Annotated[
+        int | None, _bulk_option("Resize sides to the nearest multiple, so that photos share batches.", "1", least=1)
+    ] = None,
+    max_pixels: Annotated[
+        int | None, _bulk_option("Photos of more, once resized, fail.", f"{MAX_PIXELS}", least=1)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the shards in OUT.", rich_help_panel=PANEL)
+    ] = False,
+    engine: Annotated[EngineName | None, _bulk_option("This machine, or Ray's cluster.", "local")] = None,
+    address: Annotated[str | None, _bulk_option("Of a Ray cluster; auto finds it.", "a local cluster")] = None,
+    actors: Annotated[int | None, _bulk_option("Networks at once on Ray.", "one a GPU, else one", least=1)] = None,
 ) -> None:
-    """Write each photo's C2-C5 as OUT/<stem>.safetensors and a picture of them as OUT/<stem>.png."""
+    """Write each photo's C2-C5 as OUT/<stem>.safetensors and a picture of them as OUT/<stem>.png.
+
+    In bulk: write those of many photos as OUT/shard-*, with OUT/index.csv and OUT/failed.csv. Killed at any point, the
+    same command goes on.
+    """
+    bulk_options = {
+        "--pool": pool, "--levels": levels, "--store": store, "--workers": workers, "--max-pixels": max_pixels,
+        "--images-per-shard": images_per_shard, "--multiple-of": multiple_of, "--overwrite": overwrite or None,
+        "--engine": engine, "--address": address, "--actors": actors,
+    }  # fmt: skip
+    paths = [*images, *(more_images or [])]
     with readable_errors():
+        shards = _shard_format(format, [option for option, value in bulk_options.items() if value is not None])
         settings = _settings(config, name, weights)
+        if shards is None:
+            file_format = Format.SAFETENSORS if format is None else Format(format.value)
+            size = count_or_auto("--batch", batch or "1", 1)
+        else:
+            request = Request(
+                pool=(pool or PoolName.NONE).value, levels=None if levels is None else tuple(levels.split(",")),
+                dtype=dtype.value, store=None if store is None else store.value,
+                batch=count_or_auto("--batch", batch or "auto", 1), shorter_side=shorter_side, max_size=max_size,
+                multiple_of=multiple_of or 1, max_pixels=max_pixels or MAX_PIXELS,
+            )  # fmt: skip
+            bulk = Bulk(
+                count_or_auto("--workers", workers or "auto", 0), images_per_shard, overwrite,
+                engine or EngineName.LOCAL, address, actors,
+            )  # fmt: skip
+            require_format(shards, request)
+            if request.levels is not None:  # stages beyond are not built
+                settings = settings.replaced({"out_features": request.levels})
+            model = _built(settings)
+            _print_notes(settings, model)
+            extract_in_bulk(paths, out, model, settings, request, shards, device, bulk, recursive=recursive)
+            return
+    _extract_one_by_one(
+        [Path(path) for path in paths], out, settings, file_format,
+        recursive=recursive, shorter_side=shorter_side, max_size=max_size, batch=1 if size == "auto" else size,
+        dtype=dtype, draw=not no_picture, device=device,
+    )  # fmt: skip
+
+
+def _shard_format(format: OutputFormat | None, bulk_options: Sequence[str]) -> ShardFormat | None:
+    """Return how shards are stored; None where each photo has a file of its own.
+
+    Raises:
+        ValueError: If there are options of bulk extraction and a format of the other kind.
+    """
+    if format is None:
+        return ShardFormat.SHARDS if bulk_options else None
+    if format.value in set(ShardFormat):
+        return ShardFormat(format.value)
+    if bulk_options:
+        raise ValueError(
+            f"--format {format.value} is a file for each photo, and {bulk_options[0]} is for shards; use --format "
+            f"shards, webdataset or parquet"
+        )
+    return None
+
+
+def _built(settings: BackboneConfig) -> Backbone:
+    torch.manual_seed(0)  # without weights, the same random network each time
+    with redirect_stdout(sys.stderr):  # stdout is for the paths written; torch.hub tells of downloads there
+        return build_by_recipe(settings).eval()
+
+
+def _extract_one_by_one(
+    images: list[Path],
+    out: Path,
+    settings: BackboneConfig,
+    format: Format,
+    *,
+    recursive: bool,
+    shorter_side: int | None,
+    max_size: int | None,
+    batch: int,
+    dtype: Dtype,
+    draw: bool,
+    device: Device,
+) -> None:
+    """Write a file, and a picture, for each photo."""
+    with readable_errors():
         if format is Format.NPZ and dtype is Dtype.BFLOAT16:
             raise ValueError("--format npz has no bfloat16; use --dtype float16, or --format safetensors")
-        stems = name_results([*images, *(more_images or [])], recursive=recursive)
-        if not no_picture:
+        stems = name_results(images, recursive=recursive)
+        if draw:
             refuse_overwriting(list(stems), [out / f"{stem}.png" for stem in stems.values()])
         target = torch_device(device)
-        torch.manual_seed(0)  # without weights, the same random network each time
-        with redirect_stdout(sys.stderr):  # stdout is for the paths written; torch.hub tells of downloads there
-            model = build_by_recipe(settings, config).eval()
-        run = _Extraction(settings, model, _network(model, dtype).to(target), format, draw=not no_picture)
+        model = _built(settings)
+        run = _Extraction(settings, model, _network(model, dtype).to(target), format, draw=draw)
         make_writable(out)
     _print_notes(settings, model)
     num_failures = 0

@@ -2,18 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from backbone import images as reader
+from backbone.extraction.pixels import resize_image, to_tensor
 from backbone.features import Features, Preprocessing
-
-MAX_ENLARGED_PIXELS: Final = 2**25
-"""An image that is larger than this stays as it is or shrinks; to enlarge one so far is a mistake."""
 
 
 def read_image(path: Path, *, shorter_side: int | None = None) -> Image.Image:
@@ -24,34 +20,6 @@ def read_image(path: Path, *, shorter_side: int | None = None) -> Image.Image:
     """
     image = reader.read_image(path)
     return resize_image(image, shorter_side) if shorter_side is not None else image
-
-
-def resize_image(image: Image.Image, shorter_side: int, max_size: int | None = None) -> Image.Image:
-    """Return the image with ``shorter_side`` pixels on its shorter side, and at most ``max_size`` on its longer.
-
-    Raises:
-        ValueError: If it would be enlarged beyond ``MAX_ENLARGED_PIXELS``.
-    """
-    scale = shorter_side / min(image.size)
-    if max_size is not None:
-        scale = min(scale, max_size / max(image.size))
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    if scale > 1 and width * height > MAX_ENLARGED_PIXELS:
-        raise ValueError(
-            f"resizing {image.width} x {image.height} pixels (W x H) to a shorter side of {shorter_side} would make "
-            f"{width} x {height}, more than {MAX_ENLARGED_PIXELS:,} pixels; limit the longer side by --max-size"
-        )
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """Return the image (1, 3, H, W), float32, in the channel order, range and normalisation the weights expect."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    if preprocessing.channel_order == "bgr":
-        pixels = pixels.flip(0)
-    low, high = preprocessing.value_range
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    return ((pixels * (high - low) + low - mean) / std)[None]
 
 
 def extract_features(

@@ -4,9 +4,8 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+from backbone.extraction.sources import IMAGE_SUFFIXES
 
 
 def find_images(paths: Sequence[Path], *, recursive: bool = False) -> list[Path]:

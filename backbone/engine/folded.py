@@ -129,6 +129,11 @@ class FoldedConv2d(nn.Conv2d):
                 return is_finite(*sources)
             return kept.is_finite
 
+    def forget_shapes(self) -> None:
+        """Compute the next input as if it were the first."""
+        self._restore()
+        self._passed_over = 0
+
     def prepared_bytes(self) -> int:
         """Return the bytes kept beside the parameters."""
         prepared = self._prepared

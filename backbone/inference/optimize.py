@@ -110,6 +110,16 @@ def optimize_for_inference(
     return model
 
 
+def forget_shapes(model: nn.Module) -> None:
+    """Let a copy compute the next images as if they were its first.
+
+    On the CPU the shapes that came before decide by which kernels the next are computed, and so their last bits.
+    """
+    for module in model.modules():
+        if isinstance(module, FoldedConv2d):
+            module.forget_shapes()
+
+
 def _copied(model: nn.Module) -> nn.Module:
     """Return a deep copy; of weights that a hook computes, as pruning does, the value copies."""
     tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]

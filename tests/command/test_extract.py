@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from backbone.command.app import app
-from backbone.command.extraction import MAX_ENLARGED_PIXELS, resize_image
 from backbone.command.feature_picture import pca_colours, principal_components
 from backbone.command.photos import find_images, name_results
+from backbone.extraction.pixels import MAX_ENLARGED_PIXELS, resize_image
 
 
 def photo(path: Path, size: tuple[int, int] = (64, 48)) -> Path:
@@ -152,7 +152,7 @@ def test_an_absurd_enlargement_names_both_sizes(recipe: Path, tmp_path: Path) ->
 
 
 def test_a_large_photo_may_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backbone.command.extraction.MAX_ENLARGED_PIXELS", 100)
+    monkeypatch.setattr("backbone.extraction.pixels.MAX_ENLARGED_PIXELS", 100)
     assert MAX_ENLARGED_PIXELS > 100
     assert resize_image(Image.new("RGB", (400, 200)), 100).size == (200, 100)
 
