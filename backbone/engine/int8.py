@@ -1,0 +1,249 @@
+"""One convolution in 8 bits: weights of signed integers, activations of unsigned ones, sums of 32 bits.
+
+A code ``q`` of an activation stands for ``scale * (q - zero_point)``, one of a weight for its channel's scale times it.
+oneDNN multiplies the codes and ends in bias, residual, activation and rounding, in one kernel. Where that kernel is
+not there, or the engine is off, the same numbers come from torch's float32, but for ties that round to the other side.
+"""
+
+import time
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.engine import torch_internals
+from backbone.engine.kernels import Geometry
+
+Activation: TypeAlias = Literal["none", "relu", "relu6", "silu", "hardswish"]
+
+HIGHEST: Final = 255
+"""Of an activation's code; the lowest is 0."""
+
+_PEAK: Final = 127  # of a weight's code, on both sides of zero
+_POST_OPS: Final[dict[Activation, tuple[str, list[float]]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "silu": ("swish", []),
+    "hardswish": ("hardswish", [1 / 6, 0.5]),
+}
+_ANY_SIDE: Final = 64
+_TRIALS: Final = 3
+
+
+class Codes(NamedTuple):
+    """How numbers are written in 8 bits.
+
+    Attributes:
+        scale: The step from one code to the next.
+        zero_point: The code of zero.
+    """
+
+    scale: float
+    zero_point: int
+
+
+class Int8Weight(NamedTuple):
+    """A convolution's weight in 8 bits.
+
+    Attributes:
+        values: (C_out, C_in / groups, kh, kw), int8 from -127 to 127, as it is or in its kernel's layout.
+        scale: (C_out,) float32.
+        zero_point: (C_out,) zeros, which the kernel asks for.
+        bias: (C_out,) float32.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor
+
+    @property
+    def plain(self) -> Tensor:
+        """The values in torch's own layout."""
+        return self.values if self.values.layout is torch.strided else self.values.to_dense()
+
+    def floats(self) -> Tensor:
+        """Return the weight that the codes stand for, in float32."""
+        return self.plain.float() * self.scale[:, None, None, None]
+
+
+def has_int8() -> bool:
+    """Whether oneDNN's 8-bit convolution runs here."""
+    return torch_internals.HAS_INT8 and bool(torch.backends.mkldnn.enabled)
+
+
+def why_no_int8() -> str:
+    """Return the reason why oneDNN's 8-bit convolution is not taken."""
+    return torch_internals.PATHS[torch_internals.INT8].reason or "torch.backends.mkldnn is disabled"
+
+
+def int8_weight(weight: Tensor, bias: Tensor) -> Int8Weight:
+    """Write a weight (C_out, C_in / groups, kh, kw) in 8 bits, symmetric, with a scale for each output channel."""
+    floats = weight.detach().float()
+    peak = floats.abs().flatten(1).amax(1)
+    scale = torch.where(peak > 0, peak / _PEAK, torch.ones_like(peak))
+    values = (floats / scale[:, None, None, None]).round_().clamp_(-_PEAK, _PEAK).to(torch.int8)
+    return Int8Weight(values, scale, torch.zeros_like(scale, dtype=torch.int32), bias.detach().float())
+
+
+def encode(x: Tensor, codes: Codes) -> Tensor:
+    """Return ``x`` in codes, uint8 and channels_last: values beyond the range become its ends."""
+    scaled = x.float() * (1 / codes.scale)
+    scaled = scaled.add_(codes.zero_point + 0.5).clamp_(0, HIGHEST + 0.5)  # truncated below: rounds to the nearest
+    if scaled.ndim == 4:  # noqa: PLR2004
+        scaled = scaled.contiguous(memory_format=torch.channels_last)
+    return scaled.to(torch.uint8)
+
+
+def decode(x: Tensor, codes: Codes) -> Tensor:
+    """Return the float32 numbers that codes stand for."""
+    floats = x.float()
+    if codes.zero_point:
+        floats = floats.sub_(codes.zero_point)
+    return floats.mul_(codes.scale)
+
+
+def convolve(
+    x: Tensor,
+    of_x: Codes,
+    weight: Int8Weight,
+    geometry: Geometry,
+    act: Activation,
+    of_out: Codes | None,
+    residual: Tensor | None = None,
+    of_residual: Codes | None = None,
+    *,
+    reuse_residual: bool = False,
+) -> Tensor:
+    """Return ``act(conv(x) + bias + residual)`` by oneDNN, in codes, or in float32 where ``of_out`` is None.
+
+    Args:
+        x: Codes (N, C_in, H, W), uint8, channels_last.
+        of_x: What they stand for; ``weight`` is packed for these.
+        weight: From ``packed``.
+        geometry: Stride, padding, dilation, groups.
+        act: What follows the sum; with a residual none or relu.
+        of_out: What the codes of the result stand for.
+        residual: Codes (N, C_out, H_out, W_out).
+        of_residual: What they stand for.
+        reuse_residual: Whether the result may take their memory.
+    """
+    values, scale, zero_point, bias = weight
+    stride, padding, dilation, groups = geometry
+    where = (stride, padding, dilation, groups)
+    out_scale, out_zero, dtype = (1.0, 0, torch.float32) if of_out is None else (*of_out, torch.uint8)
+    if residual is None:
+        attribute, scalars = _POST_OPS[act]
+        return torch_internals.qconv2d_pointwise(
+            x, *of_x, values, scale, zero_point, bias, *where, out_scale, out_zero, dtype, attribute, scalars, ""
+        )
+    assert of_residual is not None
+    assert of_out is not None
+    if not reuse_residual:
+        residual = residual.clone()
+    torch_internals.qconv2d_pointwise_binary(
+        x, *of_x, values, scale, zero_point, residual, bias, *where, out_scale, out_zero, dtype,
+        *of_residual, "sum", 1.0, act, [], "",
+    )  # fmt: skip
+    return residual  # it is written there, and a copy of it is returned
+
+
+def simulate(
+    x: Tensor,
+    of_x: Codes,
+    weight: Int8Weight,
+    geometry: Geometry,
+    act: Activation,
+    of_out: Codes | None,
+    residual: Tensor | None = None,
+    of_residual: Codes | None = None,
+) -> Tensor:
+    """Return what ``convolve`` does, by torch's public operations in float32."""
+    out = F.conv2d(decode(x, of_x), weight.floats(), weight.bias, *geometry)
+    if residual is not None:
+        assert of_residual is not None
+        out = out + decode(residual, of_residual)
+    out = ACTIVATIONS[act](out)
+    return out if of_out is None else encode(out, of_out)
+
+
+def packed(weight: Int8Weight, of_x: Codes, geometry: Geometry, shape: torch.Size | list[int]) -> Int8Weight:
+    """Return ``weight`` in the layout of the kernel for codes of this shape (N, C_in, H, W)."""
+    stride, padding, dilation, groups = geometry
+    values = torch_internals.qconv_prepack(
+        weight.plain, weight.scale, *of_x, stride, padding, dilation, groups, list(shape)
+    )
+    return weight._replace(values=values)
+
+
+def packed_best(weight: Int8Weight, x: Tensor, of_x: Codes, geometry: Geometry) -> Int8Weight:
+    """Return ``weight`` in the layout that the kernel runs quickest with for codes like ``x``, found by trial.
+
+    What oneDNN packs for is not always what it wants when it runs: then it rearranges the weight at every call, at many
+    times the convolution's own cost. A layout made for another size is right in those cases.
+    """
+    shapes = [list(x.shape), [1, x.shape[1], _ANY_SIDE, _ANY_SIDE]]
+    candidates = [packed(weight, of_x, geometry, shape) for shape in shapes]
+    if weight.values.layout is not torch.strided:
+        candidates.insert(0, weight)
+    seconds = [_seconds(x, of_x, each, geometry) for each in candidates]
+    quickest = min(seconds)
+    return next(each for each, took in zip(candidates, seconds, strict=True) if took <= 1.5 * quickest)
+
+
+def _seconds(x: Tensor, of_x: Codes, weight: Int8Weight, geometry: Geometry) -> float:
+    times = []
+    for _ in range(_TRIALS):
+        start = time.perf_counter()
+        convolve(x, of_x, weight, geometry, "relu", Codes(1.0, 0))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def max_pool(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """Codes (N, C, H, W) -> the maxima of windows, of whatever zero point: beyond the edges there are no codes.
+
+    torch's own refuses uint8 in channels_last with overlapping windows. Rows first, then columns.
+    """
+    return _max_along(_max_along(x, 2, kernel, stride, padding), 3, kernel, stride, padding)
+
+
+def _max_along(x: Tensor, dim: int, kernel: int, stride: int, padding: int) -> Tensor:
+    """Take the maxima along one dimension."""
+    size = x.shape[dim]
+    count = (size + 2 * padding - kernel) // stride + 1
+    taken: list[tuple[int, Tensor]] = []  # for each tap the first window it falls into, and what the windows see there
+    for tap in range(kernel):
+        first = max(0, -(-(padding - tap) // stride))
+        last = min(count - 1, (size - 1 + padding - tap) // stride)
+        if first <= last:
+            start = first * stride + tap - padding
+            taken.append((first, x.narrow(dim, start, (last - first) * stride + 1)[_every(stride, dim)]))
+    taken.sort(key=lambda each: -each[1].shape[dim])  # stable: those that all windows see come first
+    if taken[0][1].shape[dim] < count:  # no tap falls into all windows; the lowest code is no larger than any
+        shape = list(x.shape)
+        shape[dim] = count
+        out = x.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+    elif len(taken) > 1 and taken[1][1].shape[dim] == count:
+        out = torch.maximum(taken.pop(0)[1], taken.pop(0)[1])
+    else:
+        out = taken.pop(0)[1].clone(memory_format=torch.channels_last)
+    for first, values in taken:
+        part = out.narrow(dim, first, values.shape[dim])
+        torch.maximum(part, values, out=part)
+    return out
+
+
+def _every(stride: int, dim: int) -> tuple[slice, ...]:
+    return (*[slice(None)] * dim, slice(None, None, stride))
+
+
+ACTIVATIONS: Final = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}

@@ -1,0 +1,164 @@
+"""A convolution of an int8 copy: its weight in 8 bits, made anew whenever the weight in floats has changed."""
+
+import threading
+from collections import OrderedDict
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.engine.calls import is_autocast
+from backbone.engine.folded import FoldedConv2d, _holders
+from backbone.engine.int8 import Activation, Codes, Int8Weight, convolve, int8_weight, packed, packed_best, simulate
+
+_MAX_SHAPES: Final = 8
+_turn: Final = threading.RLock()
+
+
+class Int8Conv2d(FoldedConv2d):
+    """A convolution whose weight may be held in 8 bits alone.
+
+    ``optimize_for_inference`` makes one of every convolution that computes in 8 bits. Called by itself it computes in
+    floats; the network's own call computes in 8 bits.
+    """
+
+    _int8: Int8Weight | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
+        int8 = self._int8
+        if not self._is_packed_only() or int8 is None:
+            return super().forward(x)
+        x = x if is_autocast(x) else x.to(self.bias.dtype)  # type: ignore[union-attr]
+        return F.conv2d(x, int8.floats().to(self.bias.dtype), self.bias, *self.geometry)  # type: ignore[union-attr]
+
+    def hold(self, weight: Int8Weight) -> None:
+        """Hold ``weight``, and where plain weights are not kept nothing else."""
+        with _turn:
+            self._int8 = weight
+            if not self.keep_weight:
+                self._parameters.pop("weight", None)
+        _holders.add(self)
+
+    def plain_again(self) -> None:
+        """Become the convolution of a float copy again, in place."""
+        self._restore()
+        self.__class__ = FoldedConv2d
+
+    def prepared_bytes(self) -> int:
+        """Return the bytes kept beside the parameters."""
+        held = 0 if self._int8 is None else sum(each.numel() * each.element_size() for each in self._int8)
+        return held + super().prepared_bytes()
+
+    def _is_packed_only(self) -> bool:
+        has_weight = "weight" in self._parameters or "weight" in self.__dict__
+        return (not has_weight and self._int8 is not None) or super()._is_packed_only()
+
+    def _unpacked(self) -> Tensor:
+        int8 = self._int8
+        if int8 is None:
+            return super()._unpacked()
+        return int8.floats().to(self.bias.dtype)  # type: ignore[union-attr]
+
+    def _restore(self) -> None:
+        with _turn:
+            super()._restore()
+            self._int8 = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is held in 8 bits; the weight it stands for is there."""
+        return {**super().__getstate__(), "_int8": None}
+
+
+class _Source(NamedTuple):
+    """What an 8-bit weight was made from, held so that no other tensor can take its place in memory."""
+
+    weight: Tensor | None
+    bias: Tensor
+    values: tuple[object, ...]
+    held: tuple[Tensor, ...]
+
+
+class Kernel:
+    """A convolution at one place of the network.
+
+    Args:
+        module: The convolution.
+        of_x: What codes of the input stand for.
+        act: What follows.
+        of_out: What codes of the output stand for; None for an output in float32.
+        of_residual: What codes of the residual stand for, if there is one.
+    """
+
+    def __init__(
+        self, module: Int8Conv2d, of_x: Codes, act: Activation, of_out: Codes | None, of_residual: Codes | None
+    ) -> None:
+        self.module, self.of_x, self.act, self.of_out, self.of_residual = module, of_x, act, of_out, of_residual
+        self._source: _Source | None = None
+        self._weight: Int8Weight | None = None
+        self._packs: OrderedDict[torch.Size, Int8Weight] = OrderedDict()
+        self._once: torch.Size | None = None
+
+    def refresh(self) -> None:
+        """Write the weight in 8 bits anew where it has changed since; the ranges stay."""
+        module, source = self.module, self._source
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        is_same = source is not None and source.weight is weight and source.bias is bias
+        if is_same and source.values == _values(weight, bias):  # type: ignore[union-attr]
+            return
+        with _turn, torch.inference_mode(False), torch.no_grad():
+            self._packs.clear()
+            self._once = None
+            if "weight" not in module._parameters and module._int8 is not None:  # held by another call of this module
+                plain = module._int8
+                self._weight = plain._replace(bias=module.bias.detach().float())  # type: ignore[union-attr]
+            else:
+                whole = module.weight
+                self._weight = int8_weight(whole, module.bias)  # type: ignore[arg-type]
+            self._remember()
+
+    def __call__(self, x: Tensor, residual: Tensor | None, reuse_residual: bool, kernels: bool) -> Tensor:
+        """Codes (N, C_in, H, W) -> codes or float32 (N, C_out, H_out, W_out)."""
+        weight, geometry = self._weight, self.module.geometry
+        assert weight is not None
+        if not kernels:
+            return simulate(x, self.of_x, weight, geometry, self.act, self.of_out, residual, self.of_residual)
+        pack = self._packs.get(x.shape)
+        if pack is None:
+            pack = self._packed(x)
+        return convolve(
+            x, self.of_x, pack, geometry, self.act, self.of_out, residual, self.of_residual,
+            reuse_residual=reuse_residual,
+        )  # fmt: skip
+
+    def _packed(self, x: Tensor) -> Int8Weight:
+        """Return the weight in its kernel's layout; the best one is looked for once a shape comes again."""
+        with _turn, torch.inference_mode(False), torch.no_grad():
+            weight = self._weight
+            assert weight is not None
+            if weight.values.layout is torch.strided:
+                weight = packed(weight, self.of_x, self.module.geometry, x.shape)
+            elif self._once == x.shape:
+                weight = packed_best(weight, x, self.of_x, self.module.geometry)
+                self._packs[x.shape] = weight
+                if len(self._packs) > _MAX_SHAPES:
+                    self._packs.popitem(last=False)
+            self._once, self._weight = x.shape, weight
+            self.module.hold(weight)
+            self._remember()
+            return weight
+
+    def _remember(self) -> None:
+        weight, bias = self.module._parameters.get("weight"), self.module._parameters["bias"]
+        assert bias is not None
+        held = tuple(each.detach() for each in (weight, bias) if each is not None)
+        self._source = _Source(weight, bias, _values(weight, bias), held)
+
+
+def _values(weight: Tensor | None, bias: Tensor | None) -> tuple[object, ...]:
+    """Where the tensors lie and how often they were written; something new at every call where nobody counts that."""
+    known = [each for each in (weight, bias) if each is not None]
+    if any(each.requires_grad or each.is_inference() for each in known):
+        return (object(),)
+    return tuple((each.data_ptr(), each._version) for each in known)

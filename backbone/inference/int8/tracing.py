@@ -1,0 +1,314 @@
+"""A network as a list of steps: convolutions with their residual and activation, pools, and whatever else it calls."""
+
+import functools
+import hashlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from backbone.engine.calls import has_hook
+from backbone.engine.folded import FoldedConv2d
+from backbone.engine.int8 import Activation
+from backbone.features import Backbone
+from backbone.inference.folding import constants_of, fold, remainder_of
+
+_ADDITIONS: Final = (operator.add, operator.iadd, torch.add)
+_ACTIVATIONS: Final[dict[type[nn.Module], Activation]] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+_FUNCTIONS: Final[dict[object, Activation]] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_IDLE: Final = (nn.Identity, nn.Dropout, nn.Dropout2d)
+_IDLE_OF_TIMM: Final = ("DropPath", "DropBlock2d")
+
+
+@dataclass(frozen=True, slots=True)
+class Conv:
+    """``act(conv(x) + residual)``.
+
+    Attributes:
+        out: Name of the result.
+        x: Name of the input.
+        residual: Name of what is added, if anything is.
+        act: What follows.
+        path: The convolution's path in the network, and its number among several calls of it.
+        module: The convolution.
+    """
+
+    out: str
+    x: str
+    residual: str | None
+    act: Activation
+    path: str
+    module: FoldedConv2d
+
+    def reads(self) -> list[str]:
+        """Return the names of the values it takes."""
+        return [self.x] if self.residual is None else [self.x, self.residual]
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A maximum of square windows, which codes can go through."""
+
+    out: str
+    x: str
+    module: nn.MaxPool2d
+
+    def reads(self) -> list[str]:
+        """Return the names of the values it takes."""
+        return [self.x]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Anything else: computed in floats, as it is written."""
+
+    out: str
+    node: fx.Node
+    module: nn.Module | None
+    root: nn.Module
+
+    def reads(self) -> list[str]:
+        """Return the names of the values it takes."""
+        return [node.name for node in self.node.all_input_nodes]
+
+    def run(self, value_of: Callable[[fx.Node], Any]) -> Any:  # noqa: ANN401
+        """Return what it computes of the values of other nodes."""
+        node: Any = self.node
+        if node.op == "get_attr":
+            return functools.reduce(getattr, node.target.split("."), self.root)
+        args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
+        if self.module is not None:
+            return self.module(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+
+Step: TypeAlias = Conv | Pool | Call
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What a traced method computes.
+
+    Attributes:
+        images: Name of its input.
+        steps: In order.
+        result: What it returns: names in the containers of the network's own.
+        fingerprint: A digest of all this; of two networks with the same one, values of a name are the same.
+    """
+
+    images: str
+    steps: tuple[Step, ...]
+    result: Any
+    fingerprint: str
+
+    def convs(self) -> list[Conv]:
+        """Return the convolutions."""
+        return [step for step in self.steps if isinstance(step, Conv)]
+
+
+class _Tracer(fx.Tracer):
+    """Looks into modules that hold a convolution of an inference copy; others are called."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.traced_func_name = method
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` is called as it is."""
+        return isinstance(m, FoldedConv2d) or not any(isinstance(each, FoldedConv2d) for each in m.modules())
+
+
+def trace(root: Backbone, apart: frozenset[str] = frozenset()) -> Network:
+    """Return what ``root`` computes, convolutions with what follows them.
+
+    Args:
+        root: A backbone of an inference copy, in eval mode.
+        apart: Names of sums that are computed by themselves, since their sides differ in shape.
+
+    Raises:
+        ValueError: If its ``forward`` depends on more than its modules, such as an image's size or values.
+    """
+    graph = _graph(root)
+    absorbed: set[fx.Node] = set()
+    convs: dict[fx.Node, Conv] = {}  # by the last node of each
+    called: dict[str, int] = {}
+    for node in graph.nodes:
+        module = _module(root, node)
+        if isinstance(module, FoldedConv2d) and len(node.args) == 1 and not node.kwargs:
+            number = called[node.target] = called.get(node.target, 0) + 1
+            path = node.target if number == 1 else f"{node.target}:{number}"
+            last, residual, act = _follow(root, node, absorbed, apart)
+            convs[last] = Conv(last.name, node.args[0].name, residual, act, path, module)
+            absorbed.add(node)
+    steps: list[Step] = []
+    images, result = "", None
+    for node in graph.nodes:
+        if node in convs:
+            steps.append(convs[node])
+        elif node.op == "placeholder":
+            images = images or node.name
+        elif node.op == "output":
+            result = node.args[0]
+        elif node not in absorbed:
+            steps.append(_other(root, node))
+    text = repr([_told(step) for step in steps]) + repr(result)
+    return Network(images, tuple(steps), result, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def fold_by_flow(root: Backbone, keep_weights: bool) -> int:
+    """Fold each batch norm that takes a convolution's output, and nothing else does, in place; return how many.
+
+    It finds those that no registered pair names.
+    """
+    graph, folded = _graph(root), 0
+    targets = [node.target for node in graph.nodes]
+    for node in graph.nodes:
+        conv, users = _module(root, node), list(node.users)
+        norm = _module(root, users[0]) if len(users) == 1 else None
+        if type(conv) is not FoldedConv2d or norm is None or has_hook(conv) or has_hook(norm):
+            continue
+        constants = constants_of(norm)
+        if constants is None or targets.count(node.target) > 1 or targets.count(users[0].target) > 1:
+            continue
+        root.set_submodule(node.target, fold(conv, constants, keep_weights))
+        root.set_submodule(users[0].target, remainder_of(norm))
+        folded += 1
+    return folded
+
+
+def _graph(root: Backbone) -> fx.Graph:
+    """Return the graph of ``root`` without layers that pass on what they get."""
+    try:
+        graph = _Tracer(root.traced_method).trace(root)
+    except Exception as error:  # whatever a foreign forward may raise at a proxy
+        raise ValueError(
+            f"dtype=torch.int8 needs a network whose forward is the same for all images, got {type(root).__name__}: "
+            f"{' '.join(str(error).split())[:200]}; use dtype=torch.bfloat16"
+        ) from None
+    for node in list(graph.nodes):
+        module = _module(root, node)
+        if module is not None and _is_idle(module):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):  # a size that was looked at, and the like
+        if not node.users and node.op in ("call_module", "call_function", "get_attr") and not _writes(root, node):
+            graph.erase_node(node)
+    return graph
+
+
+def _follow(
+    root: nn.Module, conv: fx.Node, absorbed: set[fx.Node], apart: frozenset[str]
+) -> tuple[fx.Node, str | None, Activation]:
+    """Return the last node that the kernel of ``conv`` can take along, and what it adds and applies on the way."""
+    last, residual, act = conv, None, "none"
+    while act == "none" and len(last.users) == 1:
+        (user,) = last.users
+        if user in absorbed:
+            break
+        following = _activation(root, user)
+        if residual is None and following is None and _is_addition(user) and user.name not in apart:
+            residual = next(each.name for each in user.args if each is not last)
+        elif following is not None and (residual is None or following == "relu"):
+            act = following
+        else:
+            break
+        absorbed.add(user)
+        last = user
+    return last, residual, act  # type: ignore[return-value]
+
+
+def _is_addition(node: fx.Node) -> bool:
+    """Whether ``node`` adds two different values."""
+    is_sum = (node.op == "call_function" and node.target in _ADDITIONS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    nodes = [each for each in node.args if isinstance(each, fx.Node)]
+    return is_sum and not node.kwargs and len(nodes) == len(node.args) == len(set(nodes)) == 2  # noqa: PLR2004
+
+
+def _activation(root: nn.Module, node: fx.Node) -> Activation | None:
+    module = _module(root, node)
+    if module is not None:
+        return None if has_hook(module) else _ACTIVATIONS.get(type(module))
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return "relu"
+    return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+
+
+def _other(root: nn.Module, node: fx.Node) -> Step:
+    """Return the step of a node that belongs to no convolution."""
+    module = _module(root, node)
+    if _is_pool(module) and len(node.args) == 1:
+        return Pool(node.name, node.args[0].name, module)  # type: ignore[union-attr]
+    if _writes(root, node) and len(node.args[0].users) > 1:  # type: ignore[union-attr, arg-type]
+        raise ValueError(
+            f"dtype=torch.int8 needs values that no other step overwrites, got {node.name}, which changes "
+            f"{node.args[0]} in place for others to see; use dtype=torch.bfloat16"
+        )
+    return Call(node.name, node, module, root)
+
+
+def _is_pool(module: nn.Module | None) -> TypeGuard[nn.MaxPool2d]:
+    """Whether codes can go through ``module``: square windows that lie next to each other in pixels."""
+    if type(module) is not nn.MaxPool2d or has_hook(module):
+        return False
+    sides = (module.kernel_size, module.stride, module.padding)
+    is_dense = module.dilation == 1 and not module.ceil_mode and not module.return_indices
+    return is_dense and all(type(side) is int for side in sides)
+
+
+def _writes(root: nn.Module, node: fx.Node) -> bool:
+    """Whether ``node`` changes its first input in place."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return bool(getattr(_module(root, node), "inplace", False)) or node.target is operator.iadd
+
+
+def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    return root.get_submodule(node.target) if node.op == "call_module" else None  # type: ignore[arg-type]
+
+
+def _is_idle(module: nn.Module) -> bool:
+    known = type(module) in _IDLE or type(module).__name__ in _IDLE_OF_TIMM
+    return known and not module.training and not has_hook(module)
+
+
+def _told(step: Step) -> object:
+    """Return what tells a step from others, without the numbers in it."""
+    if isinstance(step, Conv):
+        conv = step.module
+        return (
+            step.out,
+            step.x,
+            step.residual,
+            step.act,
+            step.path,
+            tuple(conv.geometry),
+            conv.in_channels,
+            conv.out_channels,
+        )
+    if isinstance(step, Pool):
+        return (step.out, step.x, step.module.kernel_size, step.module.stride, step.module.padding)
+    name = (
+        type(step.module).__name__
+        if step.module is not None
+        else getattr(step.node.target, "__name__", step.node.target)
+    )
+    return (step.out, name, repr(step.node.args), repr(step.node.kwargs))
