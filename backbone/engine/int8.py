@@ -6,6 +6,7 @@ not there, or the engine is off, the same numbers come from torch's float32, but
 """
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -30,6 +31,7 @@ _POST_OPS: Final[dict[Activation, tuple[str, list[float]]]] = {
 }
 _ANY_SIDE: Final = 64
 _TRIALS: Final = 3
+_MUCH: Final = 2.0
 
 
 class Codes(NamedTuple):
@@ -169,7 +171,7 @@ def simulate(
     return out if of_out is None else encode(out, of_out)
 
 
-def packed(weight: Int8Weight, of_x: Codes, geometry: Geometry, shape: torch.Size | list[int]) -> Int8Weight:
+def packed(weight: Int8Weight, of_x: Codes, geometry: Geometry, shape: Sequence[int]) -> Int8Weight:
     """Return ``weight`` in the layout of the kernel for codes of this shape (N, C_in, H, W)."""
     stride, padding, dilation, groups = geometry
     values = torch_internals.qconv_prepack(
@@ -178,26 +180,27 @@ def packed(weight: Int8Weight, of_x: Codes, geometry: Geometry, shape: torch.Siz
     return weight._replace(values=values)
 
 
-def packed_best(weight: Int8Weight, x: Tensor, of_x: Codes, geometry: Geometry) -> Int8Weight:
-    """Return ``weight`` in the layout that the kernel runs quickest with for codes like ``x``, found by trial.
+def quickest(
+    weight: Int8Weight, of_x: Codes, geometry: Geometry, shape: torch.Size, run: Callable[[Int8Weight], object]
+) -> Int8Weight:
+    """Return ``weight`` in the layout with which ``run`` is quickest for codes of this shape, found by trial.
 
     What oneDNN packs for is not always what it wants when it runs: then it rearranges the weight at every call, at many
     times the convolution's own cost. A layout made for another size is right in those cases.
     """
-    shapes = [list(x.shape), [1, x.shape[1], _ANY_SIDE, _ANY_SIDE]]
-    candidates = [packed(weight, of_x, geometry, shape) for shape in shapes]
+    sizes = [list(shape), [1, shape[1], _ANY_SIDE, _ANY_SIDE]]
+    candidates = [packed(weight, of_x, geometry, size) for size in sizes]
     if weight.values.layout is not torch.strided:
         candidates.insert(0, weight)
-    seconds = [_seconds(x, of_x, each, geometry) for each in candidates]
-    quickest = min(seconds)
-    return next(each for each, took in zip(candidates, seconds, strict=True) if took <= 1.5 * quickest)
+    seconds = [_seconds(each, run) for each in candidates]
+    return next(each for each, took in zip(candidates, seconds, strict=True) if took <= _MUCH * min(seconds))
 
 
-def _seconds(x: Tensor, of_x: Codes, weight: Int8Weight, geometry: Geometry) -> float:
+def _seconds(weight: Int8Weight, run: Callable[[Int8Weight], object]) -> float:
     times = []
     for _ in range(_TRIALS):
         start = time.perf_counter()
-        convolve(x, of_x, weight, geometry, "relu", Codes(1.0, 0))
+        run(weight)
         times.append(time.perf_counter() - start)
     return min(times)
 

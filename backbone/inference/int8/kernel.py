@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbone.engine.calls import is_autocast
 from backbone.engine.folded import FoldedConv2d, _holders
-from backbone.engine.int8 import Activation, Codes, Int8Weight, convolve, int8_weight, packed, packed_best, simulate
+from backbone.engine.int8 import Activation, Codes, Int8Weight, convolve, int8_weight, packed, quickest, simulate
 
 _MAX_SHAPES: Final = 8
 _turn: Final = threading.RLock()
@@ -126,13 +126,17 @@ class Kernel:
             return simulate(x, self.of_x, weight, geometry, self.act, self.of_out, residual, self.of_residual)
         pack = self._packs.get(x.shape)
         if pack is None:
-            pack = self._packed(x)
+            pack = self._packed(x, residual)
+        return self._run(pack, x, residual, reuse_residual)
+
+    def _run(self, weight: Int8Weight, x: Tensor, residual: Tensor | None, reuse_residual: bool) -> Tensor:
+        """Run oneDNN."""
         return convolve(
-            x, self.of_x, pack, geometry, self.act, self.of_out, residual, self.of_residual,
+            x, self.of_x, weight, self.module.geometry, self.act, self.of_out, residual, self.of_residual,
             reuse_residual=reuse_residual,
         )  # fmt: skip
 
-    def _packed(self, x: Tensor) -> Int8Weight:
+    def _packed(self, x: Tensor, residual: Tensor | None) -> Int8Weight:
         """Return the weight in its kernel's layout; the best one is looked for once a shape comes again."""
         with _turn, torch.inference_mode(False), torch.no_grad():
             weight = self._weight
@@ -140,7 +144,9 @@ class Kernel:
             if weight.values.layout is torch.strided:
                 weight = packed(weight, self.of_x, self.module.geometry, x.shape)
             elif self._once == x.shape:
-                weight = packed_best(weight, x, self.of_x, self.module.geometry)
+                weight = quickest(
+                    weight, self.of_x, self.module.geometry, x.shape, lambda each: self._run(each, x, residual, False)
+                )
                 self._packs[x.shape] = weight
                 if len(self._packs) > _MAX_SHAPES:
                     self._packs.popitem(last=False)

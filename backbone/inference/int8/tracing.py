@@ -31,8 +31,8 @@ _FUNCTIONS: Final[dict[object, Activation]] = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
-_IDLE: Final = (nn.Identity, nn.Dropout, nn.Dropout2d)
-_IDLE_OF_TIMM: Final = ("DropPath", "DropBlock2d")
+_DROPS: Final = (nn.Dropout, nn.Dropout2d)
+_DROPS_OF_TIMM: Final = ("DropPath", "DropBlock2d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,8 +286,8 @@ def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
 
 
 def _is_idle(module: nn.Module) -> bool:
-    known = type(module) in _IDLE or type(module).__name__ in _IDLE_OF_TIMM
-    return known and not module.training and not has_hook(module)
+    is_off = type(module) in _DROPS or type(module).__name__ in _DROPS_OF_TIMM
+    return (type(module) is nn.Identity or (is_off and not module.training)) and not has_hook(module)
 
 
 def _told(step: Step) -> object:
