@@ -243,7 +243,7 @@ def _every(stride: int, dim: int) -> tuple[slice, ...]:
     return (*[slice(None)] * dim, slice(None, None, stride))
 
 
-ACTIVATIONS: Final = {
+ACTIVATIONS: Final[dict[Activation, Callable[[Tensor], Tensor]]] = {
     "none": lambda x: x,
     "relu": F.relu,
     "relu6": F.relu6,

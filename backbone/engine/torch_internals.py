@@ -85,7 +85,7 @@ def _try(title: str, path: Path) -> None:
 
 def _has_vnni() -> bool:
     """Whether torch sees one of the three extensions that multiply 8-bit integers without saturation."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "avx10_1", "amx_int8"))
 
 

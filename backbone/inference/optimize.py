@@ -3,7 +3,6 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ from backbone.engine.folded import FoldedConv2d, QuickLinear
 from backbone.engine.known import pairs_of, runs_in_order
 from backbone.inference.folding import constants_of, fold, is_plain_conv, remainder_of
 from backbone.inference.graphs import GraphedExtractor
-from backbone.inference.int8 import Calibration, LayerChoice, compute_in_int8, in_floats_again
+from backbone.inference.int8 import CalibrationSource, LayerChoice, compute_in_int8, in_floats_again
 from backbone.inference.reparameterize import reparameterize
 
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,7 +71,7 @@ def optimize_for_inference(
     dtype: torch.dtype | None = None,
     keep_weights: bool = True,
     cuda_graphs: bool = False,
-    calibration: Calibration | Iterable[Any] | None = None,
+    calibration: CalibrationSource | None = None,
     max_error: float = 0.1,
 ) -> nn.Module:
     """Return a copy of ``model`` in eval mode that gives the same outputs faster; ``model`` stays as it is.
@@ -96,7 +95,8 @@ def optimize_for_inference(
         cuda_graphs: Whether the feature extractor is replayed as one CUDA graph per image shape: worth it for few
             shapes and small batches, where launching kernels takes longer than running them.
         calibration: For ``dtype=torch.int8``: 50 to 300 images, in batches as the model takes them, whose values tell
-            which numbers 8 bits must write; or the ``model.calibration`` of an earlier copy.
+            which numbers 8 bits must write. Or the ``calibration`` of an earlier copy, or a file that its ``save``
+            wrote.
         max_error: For ``dtype=torch.int8``: convolutions whose output would lose more stay in floats. In units of the
             output's root mean square, for exact inputs, on the first calibration images.
 
@@ -130,7 +130,9 @@ def optimize_for_inference(
     model.requires_grad_(False)
     in_int8: tuple[LayerChoice, ...] = ()
     if dtype == torch.int8:
-        in_int8 = compute_in_int8(model, calibration, max_error, keep_weights)
+        method, more = compute_in_int8(model, calibration, max_error, keep_weights)
+        in_int8, folded = method.choices, folded + more
+        model.calibration = method.calibration  # type: ignore[assignment]
     if cuda_graphs and not torch.cuda.is_available():
         warnings.warn(
             "cuda_graphs=True needs a CUDA device, and torch sees none here: until the copy is moved to one it runs "

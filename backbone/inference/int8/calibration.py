@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from backbone.engine.int8 import Codes, decode, encode, int8_weight
 from backbone.features import Backbone
+from backbone.inference.int8.kernel import padded
 from backbone.inference.int8.program import after, in_floats
 from backbone.inference.int8.ranges import Histogram
 from backbone.inference.int8.tracing import Call, Conv, Network, Pool, trace
@@ -177,7 +179,8 @@ def _written(step: Conv, values: Mapping[str, Tensor], codes: Mapping[str, Codes
         return decode(encode(values[name], codes[name]), codes[name])
 
     weight = int8_weight(step.module.weight, step.module.bias)  # type: ignore[arg-type]
-    out = torch.nn.functional.conv2d(rounded(step.x), weight.floats(), weight.bias, *step.module.geometry)
+    x = padded(step.module, rounded(step.x), 0)
+    out = F.conv2d(x, weight.floats(), weight.bias, *step.module.geometry)
     out = after(out, None if step.residual is None else rounded(step.residual), step.act)
     return decode(encode(out, codes[step.out]), codes[step.out])
 

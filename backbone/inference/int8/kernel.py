@@ -28,8 +28,9 @@ class Int8Conv2d(FoldedConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
         int8 = self._int8
-        if not self._is_packed_only() or int8 is None:
+        if int8 is None or not self._is_packed_only():
             return super().forward(x)
+        x = padded(self, x, 0)
         x = x if is_autocast(x) else x.to(self.bias.dtype)  # type: ignore[union-attr]
         return F.conv2d(x, int8.floats().to(self.bias.dtype), self.bias, *self.geometry)  # type: ignore[union-attr]
 
@@ -44,7 +45,8 @@ class Int8Conv2d(FoldedConv2d):
     def plain_again(self) -> None:
         """Become the convolution of a float copy again, in place."""
         self._restore()
-        self.__class__ = FoldedConv2d
+        floats: Any = next(floats for floats, int8 in IN_INT8.items() if type(self) is int8)
+        self.__class__ = floats
 
     def prepared_bytes(self) -> int:
         """Return the bytes kept beside the parameters."""
@@ -69,6 +71,35 @@ class Int8Conv2d(FoldedConv2d):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is held in 8 bits; the weight it stands for is there."""
         return {**super().__getstate__(), "_int8": None}
+
+
+class SameConv2d(FoldedConv2d):
+    """A folded convolution that pads as TensorFlow does: its output is the input size over the stride, rounded up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C_in, H, W) -> (N, C_out, H / stride, W / stride); sizes round up."""
+        return super().forward(padded(self, x, 0))
+
+
+class Int8SameConv2d(Int8Conv2d, SameConv2d):
+    """The same in 8 bits."""
+
+
+IN_INT8: Final[dict[type[FoldedConv2d], type[Int8Conv2d]]] = {FoldedConv2d: Int8Conv2d, SameConv2d: Int8SameConv2d}
+"""What each class of an inference copy becomes."""
+
+
+def padded(conv: FoldedConv2d, x: Tensor, zero: int) -> Tensor:
+    """Return ``x`` with as much ``zero`` around it as ``conv`` adds by itself, one more on the right and below."""
+    if not isinstance(conv, SameConv2d):
+        return x
+    stride, _, dilation, _ = conv.geometry
+    sides = []
+    for size, kernel, step, spread in zip(x.shape[2:], conv.kernel_size, stride, dilation, strict=True):
+        total = max((-(-size // step) - 1) * step + (kernel - 1) * spread + 1 - size, 0)
+        sides.append((total // 2, total - total // 2))
+    (top, bottom), (left, right) = sides
+    return F.pad(x, (left, right, top, bottom), value=zero) if top + bottom + left + right else x
 
 
 class _Source(NamedTuple):
@@ -122,6 +153,7 @@ class Kernel:
         """Codes (N, C_in, H, W) -> codes or float32 (N, C_out, H_out, W_out)."""
         weight, geometry = self._weight, self.module.geometry
         assert weight is not None
+        x = padded(self.module, x, self.of_x.zero_point)
         if not kernels:
             return simulate(x, self.of_x, weight, geometry, self.act, self.of_out, residual, self.of_residual)
         pack = self._packs.get(x.shape)

@@ -1,24 +1,28 @@
 """A backbone that computes in 8 bits: what stands in for its method, and when its modules are called instead."""
 
+import os
 import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from backbone.engine import switch
-from backbone.engine.calls import has_hook_within, is_watched, needs_grad
+from backbone.engine.calls import has_hook, has_hook_within, is_watched, needs_grad
 from backbone.engine.int8 import has_int8, why_no_int8
 from backbone.features import Backbone, input_channels, require_images
 from backbone.inference.int8.calibration import Calibration, calibrate
-from backbone.inference.int8.kernel import Int8Conv2d
+from backbone.inference.int8.kernel import IN_INT8, Int8Conv2d
 from backbone.inference.int8.program import Program
 from backbone.inference.int8.tracing import Network, fold_by_flow, trace
 
 _UNFOLDED: Final = ("LayerNorm", "GroupNorm", "RmsNorm", "RMSNorm", "InstanceNorm")
+CalibrationSource: TypeAlias = Calibration | str | os.PathLike[str] | Iterable[Any]
+"""Batches of images, or the ranges they gave, or a file of these."""
+
 _turn: Final = threading.RLock()
 
 
@@ -58,7 +62,7 @@ class Int8Method:
 
     def __call__(self, images: Tensor) -> Any:  # noqa: ANN401
         """Images (N, C, H, W) -> what the method returns, in float32."""
-        if is_watched(images) or needs_grad(images) or any(map(has_hook_within, self.root._modules.values())):
+        if is_watched(images) or needs_grad(images) or any(map(has_hook_within, self.root.children())):
             return getattr(type(self.root), self.root.traced_method)(self.root, images)
         require_images(images, input_channels(self.root))
         return self.program().run(images, kernels=switch.is_on() and has_int8() and images.device.type == "cpu")
@@ -101,15 +105,18 @@ def in_floats_again(model: nn.Module) -> None:
 
 
 def compute_in_int8(
-    model: nn.Module, calibration: Calibration | Iterable[Any] | None, max_error: float, keep_weights: bool
-) -> tuple[LayerChoice, ...]:
-    """Let the backbone in ``model`` compute in 8 bits, in place, and return what each convolution computes in.
+    model: nn.Module, calibration: CalibrationSource | None, max_error: float, keep_weights: bool
+) -> tuple[Int8Method, int]:
+    """Let the backbone in ``model`` compute in 8 bits, in place.
 
     Args:
         model: An inference copy in floats: a backbone, or what holds one.
-        calibration: Batches of images as ``model`` takes them, or what earlier ones showed.
+        calibration: Batches of images as ``model`` takes them, or what earlier ones showed, or a file of that.
         max_error: Largest error of a convolution that computes in 8 bits.
         keep_weights: Whether plain weights stay beside those in 8 bits.
+
+    Returns:
+        What stands in for the backbone's method, and how many norms were folded on the way.
 
     Raises:
         ValueError: If the network or its calibration does not suit.
@@ -121,12 +128,18 @@ def compute_in_int8(
             "dtype=torch.int8 needs calibration: 50 to 300 images in batches as the model takes them, or a Calibration "
             "of the same network; got None"
         )
-    if isinstance(calibration, Tensor | str | bytes):
+    if isinstance(calibration, str | os.PathLike):
+        calibration = Calibration.load(calibration)
+    if isinstance(calibration, Tensor) or not isinstance(calibration, Calibration | Iterable):
         raise ValueError(
             f"calibration must be an iterable of batches, got a {type(calibration).__name__}; give [batch, ...]"
         )
     root = _root_of(model)
-    fold_by_flow(root, keep_weights)
+    if hooked := [name for name, child in root.named_modules() if child is not root and has_hook(child)]:
+        raise ValueError(
+            f"dtype=torch.int8 needs modules that nobody watches, got hooks on {', '.join(hooked[:3])}; remove them"
+        )
+    folded = fold_by_flow(root, keep_weights)
     _require_foldable(root)
     if not isinstance(calibration, Calibration):
         calibration = calibrate(model, root, calibration)
@@ -139,16 +152,17 @@ def compute_in_int8(
     choices = _choose(network, calibration, max_error)
     in_int8 = {choice.name for choice in choices if choice.dtype == torch.int8}
     for step in network.convs():
-        if step.path in in_int8:
-            step.module.__class__ = Int8Conv2d
-    setattr(root, root.traced_method, Int8Method(root, calibration, choices))
+        if step.path in in_int8 and type(step.module) in IN_INT8:  # once, if it is called more than once
+            step.module.__class__ = IN_INT8[type(step.module)]
+    method = Int8Method(root, calibration, choices)
+    setattr(root, root.traced_method, method)
     if not has_int8():
         warnings.warn(
             f"8-bit convolutions do not run here, the copy computes the same by float32, slower than a float copy: "
             f"{why_no_int8()}",
             stacklevel=3,
         )
-    return choices
+    return method, folded
 
 
 def _choose(network: Network, calibration: Calibration, max_error: float) -> tuple[LayerChoice, ...]:

@@ -35,7 +35,8 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._reach(max(-low, high))
         if self._top:
-            self._counts += torch.histc(_sample(values).float(), 2 * _BINS, -self._top, self._top).double().cpu()
+            parts = (_sample(values).double() / self._top).cpu()  # in units of the top: no float is too large
+            self._counts += torch.histc(parts, 2 * _BINS, -1, 1)
         return True
 
     def codes(self) -> Codes:

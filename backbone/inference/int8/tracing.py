@@ -9,13 +9,14 @@ from typing import Any, Final, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from backbone.engine.calls import has_hook
+from backbone.engine.calls import has_hook, is_plain
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.int8 import Activation
 from backbone.features import Backbone
 from backbone.inference.folding import constants_of, fold, remainder_of
+from backbone.inference.int8.kernel import SameConv2d
 
 _ADDITIONS: Final = (operator.add, operator.iadd, torch.add)
 _ACTIVATIONS: Final[dict[type[nn.Module], Activation]] = {
@@ -31,6 +32,7 @@ _FUNCTIONS: Final[dict[object, Activation]] = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
+_SAME_CONV: Final = "timm.layers.conv2d_same.Conv2dSame"
 _DROPS: Final = (nn.Dropout, nn.Dropout2d)
 _DROPS_OF_TIMM: Final = ("DropPath", "DropBlock2d")
 
@@ -132,7 +134,9 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` is called as it is."""
-        return isinstance(m, FoldedConv2d) or not any(isinstance(each, FoldedConv2d) for each in m.modules())
+        return isinstance(m, nn.Conv2d) or not any(
+            isinstance(each, FoldedConv2d) or _is_same_conv(each) for each in m.modules()
+        )
 
 
 def trace(root: Backbone, apart: frozenset[str] = frozenset()) -> Network:
@@ -152,8 +156,8 @@ def trace(root: Backbone, apart: frozenset[str] = frozenset()) -> Network:
     for node in graph.nodes:
         module = _module(root, node)
         if isinstance(module, FoldedConv2d) and len(node.args) == 1 and not node.kwargs:
-            number = called[node.target] = called.get(node.target, 0) + 1
-            path = node.target if number == 1 else f"{node.target}:{number}"
+            number = called[str(node.target)] = called.get(str(node.target), 0) + 1
+            path = str(node.target) if number == 1 else f"{node.target}:{number}"
             last, residual, act = _follow(root, node, absorbed, apart)
             convs[last] = Conv(last.name, node.args[0].name, residual, act, path, module)
             absorbed.add(node)
@@ -181,16 +185,32 @@ def fold_by_flow(root: Backbone, keep_weights: bool) -> int:
     targets = [node.target for node in graph.nodes]
     for node in graph.nodes:
         conv, users = _module(root, node), list(node.users)
+        if _is_same_conv(conv):
+            conv = SameConv2d(conv, conv.weight, _bias(conv), keep_weight=keep_weights)
+            root.set_submodule(node.target, conv)
         norm = _module(root, users[0]) if len(users) == 1 else None
-        if type(conv) is not FoldedConv2d or norm is None or has_hook(conv) or has_hook(norm):
+        if not isinstance(conv, FoldedConv2d) or norm is None or has_hook(conv) or has_hook(norm):
             continue
         constants = constants_of(norm)
         if constants is None or targets.count(node.target) > 1 or targets.count(users[0].target) > 1:
             continue
-        root.set_submodule(node.target, fold(conv, constants, keep_weights))
+        into = fold(conv, constants, keep_weights)
+        into.__class__ = type(conv)  # pads as before
+        root.set_submodule(node.target, into)
         root.set_submodule(users[0].target, remainder_of(norm))
         folded += 1
     return folded
+
+
+def _is_same_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """Whether ``module`` is timm's convolution that pads as TensorFlow does, with plain weights and no hooks."""
+    if module is None or f"{type(module).__module__}.{type(module).__qualname__}" != _SAME_CONV:
+        return False
+    return not has_hook(module) and all(map(is_plain, module.parameters()))
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 
 def _graph(root: Backbone) -> fx.Graph:
@@ -224,7 +244,10 @@ def _follow(
             break
         following = _activation(root, user)
         if residual is None and following is None and _is_addition(user) and user.name not in apart:
-            residual = next(each.name for each in user.args if each is not last)
+            (other,) = set(user.all_input_nodes) - {last}
+            if _writes(root, user) and user.args[0] is other and len(other.users) > 1:
+                break
+            residual = other.name
         elif following is not None and (residual is None or following == "relu"):
             act = following
         else:
@@ -254,13 +277,13 @@ def _activation(root: nn.Module, node: fx.Node) -> Activation | None:
 
 def _other(root: nn.Module, node: fx.Node) -> Step:
     """Return the step of a node that belongs to no convolution."""
-    module = _module(root, node)
-    if _is_pool(module) and len(node.args) == 1:
-        return Pool(node.name, node.args[0].name, module)  # type: ignore[union-attr]
-    if _writes(root, node) and len(node.args[0].users) > 1:  # type: ignore[union-attr, arg-type]
+    module, inputs = _module(root, node), node.all_input_nodes
+    if _is_pool(module) and len(inputs) == len(node.args) == 1:
+        return Pool(node.name, inputs[0].name, module)
+    if _writes(root, node) and len(inputs[0].users) > 1:
         raise ValueError(
             f"dtype=torch.int8 needs values that no other step overwrites, got {node.name}, which changes "
-            f"{node.args[0]} in place for others to see; use dtype=torch.bfloat16"
+            f"{inputs[0]} in place for others to see; use dtype=torch.bfloat16"
         )
     return Call(node.name, node, module, root)
 
