@@ -82,9 +82,15 @@ def why_no_int8() -> str:
 
 
 def int8_weight(weight: Tensor, bias: Tensor) -> Int8Weight:
-    """Write a weight (C_out, C_in / groups, kh, kw) in 8 bits, symmetric, with a scale for each output channel."""
+    """Write a weight (C_out, C_in / groups, kh, kw) in 8 bits, symmetric, with a scale for each output channel.
+
+    Raises:
+        ValueError: If weight or bias has NaN or infinity.
+    """
     floats = weight.detach().float()
     peak = floats.abs().flatten(1).amax(1)
+    if not torch.isfinite(peak + bias.detach()).all():
+        raise ValueError("weights must be finite to be written in 8 bits, got NaN or infinity; load others")
     scale = torch.where(peak > 0, peak / _PEAK, torch.ones_like(peak))
     values = (floats / scale[:, None, None, None]).round_().clamp_(-_PEAK, _PEAK).to(torch.int8)
     return Int8Weight(values, scale, torch.zeros_like(scale, dtype=torch.int32), bias.detach().float())

@@ -11,14 +11,14 @@ from typing import Any, Final, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from backbone.engine.int8 import Codes, decode, encode, int8_weight
-from backbone.features import Backbone
+from backbone.features import Backbone, input_channels, require_images
 from backbone.inference.int8.kernel import padded
 from backbone.inference.int8.program import after, in_floats
 from backbone.inference.int8.ranges import Histogram
-from backbone.inference.int8.tracing import Call, Conv, Network, Pool, trace
+from backbone.inference.int8.tracing import Call, Conv, Network, Pool, filled, trace
 
 _KEPT_IMAGES: Final = 8
 _FORMAT: Final = 1
@@ -86,14 +86,14 @@ class Observer:
 
     def __call__(self, images: Tensor) -> Any:  # noqa: ANN401
         """Images (N, C, H, W) -> what the backbone makes of them."""
+        require_images(images, input_channels(self.root))
         self._require_same_shapes(images)
         values = self._run(images, self._count)
         self.num_images += len(images)
         missing = _KEPT_IMAGES - sum(map(len, self._kept))
         if missing > 0:
             self._kept.append(images[:missing].detach().clone())
-        result = fx.map_arg(self.network.result, lambda node: values[node.name])
-        return dict(result) if isinstance(result, dict) else result
+        return filled(self.network.result, values.__getitem__)
 
     def calibration(self) -> Calibration:
         """Return what was seen."""
@@ -127,7 +127,7 @@ class Observer:
                 values[step.out] = step.module(values[step.x])
             else:
                 assert isinstance(step, Call)
-                values[step.out] = step.run(lambda node: values[node.name])
+                values[step.out] = step.run(values.__getitem__)
             see(step.out, values[step.out])
         return values
 
@@ -201,6 +201,11 @@ def calibrate(model: nn.Module, root: Backbone, batches: Iterable[Any]) -> Calib
     from backbone.console import errors
 
     observer = Observer(root)
+    for step in observer.network.convs():
+        if not all(torch.isfinite(each).all() for each in step.module.parameters()):
+            raise ValueError(
+                f"weights must be finite to be written in 8 bits, got NaN or infinity in {step.path}; load others"
+            )
     with ExitStack() as stack, torch.inference_mode():
         setattr(root, root.traced_method, observer)
         stack.callback(delattr, root, root.traced_method)

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -55,39 +56,47 @@ class Int8Method:
         choices: What its convolutions compute in.
     """
 
-    def __init__(self, root: Backbone, calibration: Calibration, choices: tuple[LayerChoice, ...]) -> None:
-        self.root, self.calibration, self.choices = root, calibration, choices
+    def __init__(
+        self, root: Backbone, network: Network, calibration: Calibration, choices: tuple[LayerChoice, ...]
+    ) -> None:
+        self.root, self.network, self.calibration, self.choices = root, network, calibration, choices
         self._program: Program | None = None
-        self._modules: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
+        self._modules = [(module, dict(module._modules)) for module in root.modules()]
 
     def __call__(self, images: Tensor) -> Any:  # noqa: ANN401
-        """Images (N, C, H, W) -> what the method returns, in float32."""
-        if is_watched(images) or needs_grad(images) or any(map(has_hook_within, self.root.children())):
-            return getattr(type(self.root), self.root.traced_method)(self.root, images)
-        require_images(images, input_channels(self.root))
-        return self.program().run(images, kernels=switch.is_on() and has_int8() and images.device.type == "cpu")
+        """Images (N, C, H, W) -> what the method returns, in float32.
 
-    def program(self) -> Program:
+        Raises:
+            RuntimeError: If a module of the backbone was replaced since; weights may change.
+        """
+        root = self.root
+        if is_watched(images) or needs_grad(images) or any(map(has_hook_within, root.children())):
+            return getattr(type(root), root.traced_method)(root, images)
+        require_images(images, input_channels(root))
+        for module, children in self._modules:
+            if module._modules != children:
+                raise RuntimeError(
+                    f"the modules of {type(root).__name__} must stay those that were calibrated, got others in "
+                    f"{type(module).__name__} (weights may change); call optimize_for_inference on the changed model"
+                )
+        return self._ready().run(images, kernels=switch.is_on() and has_int8() and images.device.type == "cpu")
+
+    @property
+    def __code__(self) -> CodeType:
+        """What torch.export looks at in a method, to name its arguments."""
+        return type(self).__call__.__code__
+
+    def _ready(self) -> Program:
         """Return the program, made at the first call."""
-        if self._program is None or any(children != before for children, before in self._modules):
+        if self._program is None:
             with _turn:
-                self._program = self._made()
+                in_int8 = frozenset(choice.name for choice in self.choices if choice.dtype == torch.int8)
+                self._program = self._program or Program(self.network, self.calibration.codes, in_int8)
         return self._program
-
-    def _made(self) -> Program:
-        network = trace(self.root, frozenset(self.calibration.apart))
-        if network.fingerprint != self.calibration.fingerprint:
-            raise RuntimeError(
-                f"the modules of {type(self.root).__name__} must stay those that were calibrated, got others (weights "
-                f"may change); call optimize_for_inference on the changed model"
-            )
-        self._modules = [(each._modules, dict(each._modules)) for each in self.root.modules()]
-        in_int8 = frozenset(choice.name for choice in self.choices if choice.dtype == torch.int8)
-        return Program(network, self.calibration.codes, in_int8)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the program, which is made again."""
-        return {**self.__dict__, "_program": None, "_modules": []}
+        return {**self.__dict__, "_program": None}
 
 
 def int8_methods(model: nn.Module) -> list[Int8Method]:
@@ -154,7 +163,7 @@ def compute_in_int8(
     for step in network.convs():
         if step.path in in_int8 and type(step.module) in IN_INT8:  # once, if it is called more than once
             step.module.__class__ = IN_INT8[type(step.module)]
-    method = Int8Method(root, calibration, choices)
+    method = Int8Method(root, network, calibration, choices)
     setattr(root, root.traced_method, method)
     if not has_int8():
         warnings.warn(

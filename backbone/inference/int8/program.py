@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from backbone.engine.calls import is_autocast, is_traced
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.int8 import ACTIVATIONS, Activation, Codes, decode, encode, max_pool
 from backbone.inference.int8.kernel import Int8Conv2d, Kernel
-from backbone.inference.int8.tracing import Call, Conv, Network, Pool, Step
+from backbone.inference.int8.tracing import Call, Conv, Network, Pool, Step, filled, names_in
 
 Form: TypeAlias = Literal["codes", "floats"]
 Place: TypeAlias = tuple[str, Form]
@@ -57,7 +57,7 @@ class Program:
                     self._run(values, kernels)
             else:
                 self._run(values, kernels)
-        return _plain(fx.map_arg(self._network.result, lambda node: values[node.name, "floats"]))
+        return filled(self._network.result, lambda name: values[name, "floats"])
 
     def _run(self, values: Values, kernels: bool) -> None:
         for place, compute, gone in self._lines:
@@ -72,7 +72,8 @@ class Program:
         def want(name: str, form: Form) -> None:
             wanted.setdefault(name, set()).add(form)
 
-        fx.map_arg(self._network.result, lambda node: want(node.name, "floats"))
+        for name in names_in(self._network.result):
+            want(name, "floats")
         for step in reversed(self._network.steps):
             if isinstance(step, Conv):
                 form: Form = "codes" if step.path in self._in_int8 else "floats"
@@ -128,8 +129,7 @@ class Program:
 
     def _let_go(self) -> None:
         """Let each value go after the last line that reads it, and reuse the memory of residuals that go."""
-        kept: set[str] = set()
-        fx.map_arg(self._network.result, lambda node: kept.add(node.name))
+        kept = set(names_in(self._network.result))
         last: dict[Place, int] = {}
         for number, ((place, _, _), reads) in enumerate(zip(self._lines, self._reads, strict=True)):
             last[place] = number
@@ -168,7 +168,7 @@ def _pooled(name: str, module: nn.MaxPool2d) -> _Run:
 
 def _in_floats(step: Step) -> _Run:
     if isinstance(step, Call):
-        return lambda values, _: step.run(lambda node: values[node.name, "floats"])
+        return lambda values, _: step.run(lambda name: values[name, "floats"])
     if isinstance(step, Pool):
         return lambda values, _: step.module(values[step.x, "floats"])
     return lambda values, _: in_floats(
@@ -188,12 +188,3 @@ def in_floats(step: Conv, x: Tensor, residual: Tensor | None) -> Tensor:
 def after(out: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
     """Return what follows a convolution."""
     return ACTIVATIONS[act](out if residual is None else out + residual)
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Return fx's containers as Python's own."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value)) if type(value) is tuple else [_plain(each) for each in value]
-    return value

@@ -76,29 +76,75 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
+class Value:
+    """Stands for a value among the arguments of a call, and in what a network returns."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
-    """Anything else: computed in floats, as it is written."""
+    """Anything else: computed in floats, as it is written.
+
+    Attributes:
+        out: Name of the result.
+        target: A module, a function, the name of a method, or the path of a parameter.
+        args: Its arguments; of a method the first is its owner, of a parameter the only one.
+        kwargs: Those by name.
+        kind: Which of these ``target`` is, as torch.fx calls it.
+    """
 
     out: str
-    node: fx.Node
-    module: nn.Module | None
-    root: nn.Module
+    target: Any
+    args: Any
+    kwargs: Any
+    kind: str
 
     def reads(self) -> list[str]:
         """Return the names of the values it takes."""
-        return [node.name for node in self.node.all_input_nodes]
+        return names_in((self.args, self.kwargs))
 
-    def run(self, value_of: Callable[[fx.Node], Any]) -> Any:  # noqa: ANN401
+    def run(self, value_of: Callable[[str], Any]) -> Any:  # noqa: ANN401
         """Return what it computes of the values of other nodes."""
-        node: Any = self.node
-        if node.op == "get_attr":
-            return functools.reduce(getattr, node.target.split("."), self.root)
-        args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
-        if self.module is not None:
-            return self.module(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+        args, kwargs = filled(self.args, value_of), filled(self.kwargs, value_of)
+        if self.kind == "get_attr":
+            return functools.reduce(getattr, self.target.split("."), args[0])
+        if self.kind == "call_method":
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        return self.target(*args, **kwargs)
+
+
+def filled(template: Any, value_of: Callable[[str], Any]) -> Any:  # noqa: ANN401
+    """Return ``template``, containers of any depth, with every ``Value`` replaced by what ``value_of`` returns."""
+    if isinstance(template, Value):
+        return value_of(template.name)
+    if isinstance(template, dict):
+        return {name: filled(each, value_of) for name, each in template.items()}
+    if isinstance(template, list | tuple):
+        return type(template)([filled(each, value_of) for each in template])
+    if isinstance(template, slice):
+        return slice(*(filled(each, value_of) for each in (template.start, template.stop, template.step)))
+    return template
+
+
+def names_in(template: Any) -> list[str]:  # noqa: ANN401
+    """Return the names of the values in ``template``."""
+    names: list[str] = []
+    filled(template, names.append)
+    return names
+
+
+def _template(argument: Any) -> Any:  # noqa: ANN401
+    """Return an argument of a node of torch.fx in Python's own containers, with names for nodes."""
+    if isinstance(argument, fx.Node):
+        return Value(argument.name)
+    if isinstance(argument, dict):
+        return {name: _template(each) for name, each in argument.items()}
+    if isinstance(argument, list | tuple):
+        return (tuple if isinstance(argument, tuple) else list)(map(_template, argument))
+    if isinstance(argument, slice):
+        return slice(*map(_template, (argument.start, argument.stop, argument.step)))
+    return argument
 
 
 Step: TypeAlias = Conv | Pool | Call
@@ -169,7 +215,7 @@ def trace(root: Backbone, apart: frozenset[str] = frozenset()) -> Network:
         elif node.op == "placeholder":
             images = images or node.name
         elif node.op == "output":
-            result = node.args[0]
+            result = _template(node.args[0])
         elif node not in absorbed:
             steps.append(_other(root, node))
     text = repr([_told(step) for step in steps]) + repr(result)
@@ -285,7 +331,8 @@ def _other(root: nn.Module, node: fx.Node) -> Step:
             f"dtype=torch.int8 needs values that no other step overwrites, got {node.name}, which changes "
             f"{inputs[0]} in place for others to see; use dtype=torch.bfloat16"
         )
-    return Call(node.name, node, module, root)
+    args = (root,) if node.op == "get_attr" else _template(node.args)
+    return Call(node.name, node.target if module is None else module, args, _template(node.kwargs), node.op)
 
 
 def _is_pool(module: nn.Module | None) -> TypeGuard[nn.MaxPool2d]:
@@ -329,9 +376,6 @@ def _told(step: Step) -> object:
         )
     if isinstance(step, Pool):
         return (step.out, step.x, step.module.kernel_size, step.module.stride, step.module.padding)
-    name = (
-        type(step.module).__name__
-        if step.module is not None
-        else getattr(step.node.target, "__name__", step.node.target)
-    )
-    return (step.out, name, repr(step.node.args), repr(step.node.kwargs))
+    target = step.target
+    name = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", target)
+    return (step.out, name, "" if step.kind == "get_attr" else repr(step.args), repr(step.kwargs))
