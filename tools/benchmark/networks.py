@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from backbone import Backbone, BackboneConfig, build_backbone
 
 FREEZE_AT = 2  # stem and C2, as detectors are trained
+CALIBRATION_BATCHES = 8
 TIMM = "timm/"  # begins the name of a model of timm's, which is compared with timm alone
 TIMM_FAMILIES = ["resnet", "regnet"]  # timm's modules whose features_only models keep the parameters' names
 
@@ -37,6 +38,7 @@ class DtypeName(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    INT8 = "int8"
 
 
 class DeviceName(StrEnum):
@@ -74,7 +76,12 @@ class Case:
     @property
     def is_half(self) -> bool:
         """Whether it computes in 16 bits."""
-        return self.dtype != torch.float32
+        return self.dtype.itemsize == 2
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it computes in 8 bits."""
+        return self.dtype == torch.int8
 
     @property
     def is_train(self) -> bool:
@@ -108,6 +115,12 @@ def images_of(case: Case) -> Tensor:
     shape = (case.batch, 3, case.height, case.width)
     draw = torch.rand if case.workload is Workload.DETECTOR else torch.randn
     return draw(shape, generator=generator).to(case.device).contiguous(memory_format=case.memory_format)
+
+
+def calibration_of(case: Case) -> list[Tensor]:
+    """Batches like ``images_of``, of other numbers, from which every contender in int8 learns its ranges."""
+    draw = functools.partial(torch.randn, case.batch, 3, case.height, case.width)
+    return [draw(generator=torch.Generator().manual_seed(seed)) for seed in range(2, 2 + CALIBRATION_BATCHES)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -149,12 +162,12 @@ def frozen_backbone(name: str, freeze_at: int) -> Backbone:
 
 
 def torchvision_network(case: Case) -> nn.Module:
-    """C2 to C5 by torchvision's own getter, with its own frozen norms."""
+    """C2 to C5 by torchvision's own getter, with its frozen norms; in int8 with batch norms, which exporters fold."""
     if case.name.startswith(TIMM):
         raise NotHere("takes part with torchvision's models only")
-    network = torchvision.models.get_model(case.name, norm_layer=FrozenBatchNorm2d)
+    network = torchvision.models.get_model(case.name, norm_layer=nn.BatchNorm2d if case.is_int8 else FrozenBatchNorm2d)
     getter = IntermediateLayerGetter(network, return_layers={f"layer{n}": f"c{n + 1}" for n in range(1, 5)})
-    getter.load_state_dict(state_of(case.name))
+    getter.load_state_dict({**getter.state_dict(), **state_of(case.name)})
     return case.place(getter)
 
 
