@@ -46,6 +46,18 @@ class Codes(NamedTuple):
     zero_point: int
 
 
+class Means(NamedTuple):
+    """What a convolution's input is on average, by channel (C_in,).
+
+    Attributes:
+        value: The mean.
+        lost: What codes lose of it: rounding and cut-off ends do not cancel out everywhere.
+    """
+
+    value: Tensor
+    lost: Tensor
+
+
 class Int8Weight(NamedTuple):
     """A convolution's weight in 8 bits.
 
@@ -53,13 +65,19 @@ class Int8Weight(NamedTuple):
         values: (C_out, C_in / groups, kh, kw), int8 from -127 to 127, as it is or in its kernel's layout.
         scale: (C_out,) float32.
         zero_point: (C_out,) zeros, which the kernel asks for.
-        bias: (C_out,) float32.
+        bias: (C_out,) float32, ``correction`` included.
+        correction: (C_out,) what rounding takes from the mean of each output.
+        rounded: (C_out,) the part of it that comes of the weight's rounding.
+        mean: (groups, C_in / groups) mean of the input.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor
     bias: Tensor
+    correction: Tensor
+    rounded: Tensor
+    mean: Tensor
 
     @property
     def plain(self) -> Tensor:
@@ -69,6 +87,19 @@ class Int8Weight(NamedTuple):
     def floats(self) -> Tensor:
         """Return the weight that the codes stand for, in float32."""
         return self.plain.float() * self.scale[:, None, None, None]
+
+    def restored(self) -> Tensor:
+        """Return a weight of the same codes and the same ``rounded``, which is spread over it.
+
+        Where that would be half a step or more, less is.
+        """
+        plain = self.plain
+        by_group = self.mean[:, None, :].expand(-1, len(plain) // len(self.mean), -1).reshape(plain.shape[:2])
+        taps = by_group[:, :, None, None] * (plain.abs() < _PEAK)  # the largest make the scale
+        square = (taps * by_group[:, :, None, None]).sum((1, 2, 3))
+        share = torch.where(square > 0, self.rounded / square.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+        step = self.scale[:, None, None, None]
+        return self.floats() + (share[:, None, None, None] * taps).clamp(-0.4 * step, 0.4 * step)
 
 
 def has_int8() -> bool:
@@ -81,19 +112,39 @@ def why_no_int8() -> str:
     return torch_internals.PATHS[torch_internals.INT8].reason or "torch.backends.mkldnn is disabled"
 
 
-def int8_weight(weight: Tensor, bias: Tensor) -> Int8Weight:
-    """Write a weight (C_out, C_in / groups, kh, kw) in 8 bits, symmetric, with a scale for each output channel.
+def int8_weight(weight: Tensor, bias: Tensor, groups: int = 1, means: Means | None = None) -> Int8Weight:
+    """Write a weight in 8 bits, symmetric, with a scale for each output channel.
+
+    Args:
+        weight: (C_out, C_in / groups, kh, kw).
+        bias: (C_out,).
+        groups: Of the convolution.
+        means: Of its input: the bias takes up what rounding would take from the mean of each output.
 
     Raises:
         ValueError: If weight or bias has NaN or infinity.
     """
-    floats = weight.detach().float()
+    floats, bias = weight.detach().float(), bias.detach().float()
     peak = floats.abs().flatten(1).amax(1)
-    if not torch.isfinite(peak + bias.detach()).all():
+    if not torch.isfinite(peak + bias).all():
         raise ValueError("weights must be finite to be written in 8 bits, got NaN or infinity; load others")
     scale = torch.where(peak > 0, peak / _PEAK, torch.ones_like(peak))
-    values = (floats / scale[:, None, None, None]).round_().clamp_(-_PEAK, _PEAK).to(torch.int8)
-    return Int8Weight(values, scale, torch.zeros_like(scale, dtype=torch.int32), bias.detach().float())
+    step = scale[:, None, None, None]
+    values = (floats / step).round_().clamp_(-_PEAK, _PEAK)
+    mean = floats.new_zeros(groups, floats.shape[1])
+    rounded = correction = torch.zeros_like(bias)
+    if means is not None:
+        mean = means.value.to(floats.device).view(groups, -1)
+        rounded = _of_mean(floats - values * step, mean)
+        correction = rounded + _of_mean(values * step, means.lost.to(floats.device).view(groups, -1))
+    zeros = torch.zeros_like(scale, dtype=torch.int32)
+    return Int8Weight(values.to(torch.int8), scale, zeros, bias + correction, correction, rounded, mean)
+
+
+def _of_mean(weight: Tensor, mean: Tensor) -> Tensor:
+    """Return what a convolution by ``weight`` makes of a constant image of ``mean`` (groups, C_in / groups)."""
+    taps = weight.sum((2, 3)).view(len(mean), -1, weight.shape[1])
+    return (taps @ mean[:, :, None]).flatten()
 
 
 def encode(x: Tensor, codes: Codes) -> Tensor:
@@ -138,7 +189,7 @@ def convolve(
         of_residual: What they stand for.
         reuse_residual: Whether the result may take their memory.
     """
-    values, scale, zero_point, bias = weight
+    values, scale, zero_point, bias = weight[:4]
     stride, padding, dilation, groups = geometry
     where = (stride, padding, dilation, groups)
     out_scale, out_zero, dtype = (1.0, 0, torch.float32) if of_out is None else (*of_out, torch.uint8)

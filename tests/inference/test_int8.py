@@ -121,15 +121,21 @@ def reference(fast: Any, images: Tensor) -> Tensor:
     state = {name: value.double() for name, value in fast.state_dict().items()}
     codes = fast.calibration.codes
 
-    def conv(name: str, x: Tensor, stride: int, padding: int) -> Tensor:
-        weight = rounded_weight(state[f"{name}.weight"].float()).double()
-        return F.conv2d(x, weight, state[f"{name}.bias"], stride, padding)
+    def conv(name: str, x: Tensor, of: str, stride: int, padding: int) -> Tensor:
+        whole = state[f"{name}.weight"]
+        weight = rounded_weight(whole.float()).double()
+        mean, lost = (torch.tensor(each, dtype=torch.float64) for each in fast.calibration.means[of])
+        correction = (whole - weight).sum((2, 3)) @ mean + weight.sum((2, 3)) @ lost
+        return F.conv2d(x, weight, state[f"{name}.bias"] + correction, stride, padding)
 
-    x = conv("conv1", rounded(images.double(), codes["images"]), 2, 3)
+    x = conv("conv1", rounded(images.double(), codes["images"]), "images", 2, 3)
     x = F.max_pool2d(rounded(F.relu(x), codes["relu"]), 3, 2, 1)
+    of = "maxpool"
     for number in range(2):
-        inner = rounded(F.relu(conv(f"layer1.{number}.conv1", x, 1, 1)), codes[f"layer1_{number}_relu"])
-        x = rounded(F.relu(conv(f"layer1.{number}.conv2", inner, 1, 1) + x), codes[f"layer1_{number}_relu_1"])
+        inner = rounded(F.relu(conv(f"layer1.{number}.conv1", x, of, 1, 1)), codes[f"layer1_{number}_relu"])
+        x = F.relu(conv(f"layer1.{number}.conv2", inner, f"layer1_{number}_relu", 1, 1) + x)
+        of = f"layer1_{number}_relu_1"
+        x = rounded(x, codes[of])
     return x
 
 
@@ -253,7 +259,8 @@ def test_a_kernel_equals_its_simulation_on_random_convolutions(seed: int) -> Non
         x = x.contiguous(memory_format=torch.channels_last)
         of_x = Codes(0.02, choices.choice([0, 3, 120]))
         weight = torch.randn(out_channels, in_channels // groups, kernel, kernel, generator=generator)
-        int8 = engine_int8.int8_weight(weight, torch.randn(out_channels, generator=generator))
+        means = engine_int8.Means(*torch.randn(2, in_channels, generator=generator))
+        int8 = engine_int8.int8_weight(weight, torch.randn(out_channels, generator=generator), groups, means)
         pack = engine_int8.packed(int8, of_x, geometry, x.shape)
         assert torch.equal(pack.plain, int8.values)
         plain = engine_int8.simulate(x, of_x, int8, geometry, "none", None)
@@ -276,6 +283,30 @@ def test_a_kernel_equals_its_simulation_on_random_convolutions(seed: int) -> Non
             assert wrong.max() <= 1
             assert (wrong > 0).float().mean() < 0.01
         assert residual is None or before is None or torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_a_restored_weight_has_the_same_codes_and_the_same_correction(groups: int) -> None:
+    torch.manual_seed(groups)
+    means = engine_int8.Means(torch.rand(16), torch.zeros(16))
+    int8 = engine_int8.int8_weight(torch.randn(32, 16 // groups, 3, 3), torch.randn(32), groups, means)
+    again = engine_int8.int8_weight(int8.restored(), int8.bias - int8.correction, groups, means)
+    assert torch.equal(again.values, int8.values)
+    assert relative_error(again.scale, int8.scale) < 1e-6
+    assert relative_error(again.rounded, int8.rounded) < 1e-3
+    assert int8.rounded.abs().max() > 0
+
+
+def test_corrections_keep_the_mean_of_every_output() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.rand(4, 8, 32, 32) + 0.5, torch.randn(24, 8, 3, 3), torch.zeros(24)
+    means = engine_int8.Means(x.mean((0, 2, 3)), torch.zeros(8))
+    exact = F.conv2d(x, weight).mean((0, 2, 3))
+    errors = []
+    for given in (None, means):
+        int8 = engine_int8.int8_weight(weight, bias, 1, given)
+        errors.append(float((F.conv2d(x, int8.floats(), int8.bias).mean((0, 2, 3)) - exact).abs().max()))
+    assert errors[1] < errors[0] / 20
 
 
 @pytest.mark.parametrize(

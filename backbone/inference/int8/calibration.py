@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.engine.int8 import Codes, decode, encode, int8_weight
+from backbone.engine.int8 import Codes, Means, decode, encode, int8_weight
 from backbone.features import Backbone, input_channels, require_images
 from backbone.inference.int8.kernel import padded
 from backbone.inference.int8.program import after, in_floats
@@ -31,6 +31,7 @@ class Calibration:
     Attributes:
         fingerprint: Tells the network it belongs to.
         codes: Scale and zero point of each value, by name.
+        means: Of each value that a convolution takes: its mean by channel, and what codes lose of it.
         errors: What 8 bits cost each convolution, by its path: the root of the mean squared error of its output for
             exact inputs, in units of the output's root mean square.
         apart: Sums that are computed by themselves.
@@ -39,9 +40,14 @@ class Calibration:
 
     fingerprint: str
     codes: Mapping[str, Codes]
+    means: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
     errors: Mapping[str, float]
     apart: tuple[str, ...]
     num_images: int
+
+    def input_means(self) -> dict[str, Means]:
+        """Return ``means`` as tensors."""
+        return {name: Means(torch.tensor(value), torch.tensor(lost)) for name, (value, lost) in self.means.items()}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as JSON to ``path``, whose folder must exist."""
@@ -61,7 +67,8 @@ class Calibration:
             if read.pop("format") != _FORMAT:
                 raise KeyError("format")
             codes = {name: Codes(float(scale), int(zero)) for name, (scale, zero) in read.pop("codes").items()}
-            return cls(codes=codes, apart=tuple(read.pop("apart")), **read)
+            means = {name: (tuple(value), tuple(lost)) for name, (value, lost) in read.pop("means").items()}
+            return cls(codes=codes, means=means, apart=tuple(read.pop("apart")), **read)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{path}: must be what Calibration.save wrote, got something else ({error!r}); calibrate anew and save"
@@ -80,7 +87,9 @@ class Observer:
         self.network = trace(root)
         self.apart: set[str] = set()
         self.num_images = 0
-        self._named = _named(self.network)
+        self._named, self._inputs = _named(self.network), {step.x for step in self.network.convs()}
+        self._pixels: dict[str, int] = {}
+        self._sums: dict[str, Any] = {}
         self._histograms: dict[str, Histogram] = {}
         self._kept: list[Tensor] = []
 
@@ -101,8 +110,14 @@ class Observer:
         for step in self.network.steps:
             if isinstance(step, Pool):
                 codes[step.out] = codes[step.x]  # a maximum of codes is the code of the maximum
+        means = self._means(codes)
         return Calibration(
-            self.network.fingerprint, codes, self._errors(codes), tuple(sorted(self.apart)), self.num_images
+            self.network.fingerprint,
+            codes,
+            {name: (_numbers(of.value), _numbers(of.lost)) for name, of in means.items()},
+            self._errors(codes, means),
+            tuple(sorted(self.apart)),
+            self.num_images,
         )
 
     def _count(self, name: str, value: Any) -> None:  # noqa: ANN401
@@ -114,6 +129,9 @@ class Observer:
                 f"calibration must give finite numbers, got NaN or infinity in {what} after {self.num_images} images; "
                 f"check the images and the weights"
             )
+        if name in self._inputs:
+            self._pixels[name] = self._pixels.get(name, 0) + value.numel() // value.shape[1]
+            self._sums[name] = self._sums.get(name, 0) + value.float().sum((0, 2, 3))
 
     def _run(self, images: Tensor, see: Callable[[str, Any], None]) -> dict[str, Any]:
         """Compute in floats and show every value."""
@@ -145,16 +163,30 @@ class Observer:
                 return
             self.apart = apart
             self.network = trace(self.root, frozenset(apart))
-            self._named = _named(self.network)
+            self._named, self._inputs = _named(self.network), {step.x for step in self.network.convs()}
 
-    def _errors(self, codes: Mapping[str, Codes]) -> dict[str, float]:
+    def _means(self, codes: Mapping[str, Codes]) -> dict[str, Means]:
+        """Return the mean of each convolution's input, and what codes lose of it on the images that were kept."""
+        inputs = {step.x for step in self.network.convs()}
+        lost: dict[str, Tensor] = {}
+        for images in self._kept:
+
+            def see(name: str, value: Tensor, weight: float = len(images) / sum(map(len, self._kept))) -> None:
+                if name in inputs:
+                    of_value = (value - decode(encode(value, codes[name]), codes[name])).mean((0, 2, 3)) * weight
+                    lost[name] = lost.get(name, torch.zeros_like(of_value)) + of_value
+
+            self._run(images, see)
+        return {name: Means(self._sums[name] / self._pixels[name], lost[name]) for name in sorted(inputs)}
+
+    def _errors(self, codes: Mapping[str, Codes], means: Mapping[str, Means]) -> dict[str, float]:
         """Return the error of each convolution on the images that were kept."""
         squares: dict[str, list[float]] = {}
         for images in self._kept:
             values = self._run(images, lambda *_: None)
             for step in self.network.convs():
                 exact = values[step.out].float()
-                error = _written(step, values, codes) - exact
+                error = _written(step, values, codes, means[step.x]) - exact
                 of_step = squares.setdefault(step.path, [0.0, 0.0])
                 of_step[0] += float(error.double().square().sum())
                 of_step[1] += float(exact.double().square().sum())
@@ -172,13 +204,18 @@ def _named(network: Network) -> set[str]:
     return names
 
 
-def _written(step: Conv, values: Mapping[str, Tensor], codes: Mapping[str, Codes]) -> Tensor:
+def _numbers(values: Tensor) -> tuple[float, ...]:
+    """Return the seven digits that float32 has."""
+    return tuple(float(f"{value:.7g}") for value in values.tolist())
+
+
+def _written(step: Conv, values: Mapping[str, Tensor], codes: Mapping[str, Codes], means: Means) -> Tensor:
     """Return the output of ``step`` with its exact inputs, its weight and its output in 8 bits."""
 
     def rounded(name: str) -> Tensor:
         return decode(encode(values[name], codes[name]), codes[name])
 
-    weight = int8_weight(step.module.weight, step.module.bias)  # type: ignore[arg-type]
+    weight = int8_weight(step.module.weight, step.module.bias, step.module.groups, means)  # type: ignore[arg-type]
     x = padded(step.module, rounded(step.x), 0)
     out = F.conv2d(x, weight.floats(), weight.bias, *step.module.geometry)
     out = after(out, None if step.residual is None else rounded(step.residual), step.act)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backbone.engine.calls import is_autocast
 from backbone.engine.folded import FoldedConv2d, _holders
-from backbone.engine.int8 import Activation, Codes, Int8Weight, convolve, int8_weight, packed, quickest, simulate
+from backbone.engine.int8 import Activation, Codes, Int8Weight, Means, convolve, int8_weight, packed, quickest, simulate
 
 _MAX_SHAPES: Final = 8
 _turn: Final = threading.RLock()
@@ -32,7 +32,7 @@ class Int8Conv2d(FoldedConv2d):
             return super().forward(x)
         x = padded(self, x, 0)
         x = x if is_autocast(x) else x.to(self.bias.dtype)  # type: ignore[union-attr]
-        return F.conv2d(x, int8.floats().to(self.bias.dtype), self.bias, *self.geometry)  # type: ignore[union-attr]
+        return F.conv2d(x, int8.restored().to(self.bias.dtype), self.bias, *self.geometry)  # type: ignore[union-attr]
 
     def hold(self, weight: Int8Weight) -> None:
         """Hold ``weight``, and where plain weights are not kept nothing else."""
@@ -61,7 +61,7 @@ class Int8Conv2d(FoldedConv2d):
         int8 = self._int8
         if int8 is None:
             return super()._unpacked()
-        return int8.floats().to(self.bias.dtype)  # type: ignore[union-attr]
+        return int8.restored().to(self.bias.dtype)  # type: ignore[union-attr]
 
     def _restore(self) -> None:
         with _turn:
@@ -120,12 +120,20 @@ class Kernel:
         act: What follows.
         of_out: What codes of the output stand for; None for an output in float32.
         of_residual: What codes of the residual stand for, if there is one.
+        means: Of the input.
     """
 
     def __init__(
-        self, module: Int8Conv2d, of_x: Codes, act: Activation, of_out: Codes | None, of_residual: Codes | None
+        self,
+        module: Int8Conv2d,
+        of_x: Codes,
+        act: Activation,
+        of_out: Codes | None,
+        of_residual: Codes | None,
+        means: Means,
     ) -> None:
         self.module, self.of_x, self.act, self.of_out, self.of_residual = module, of_x, act, of_out, of_residual
+        self.means = means
         self._source: _Source | None = None
         self._weight: Int8Weight | None = None
         self._packs: OrderedDict[torch.Size, Int8Weight] = OrderedDict()
@@ -143,10 +151,10 @@ class Kernel:
             self._once = None
             if "weight" not in module._parameters and module._int8 is not None:  # held by another call of this module
                 plain = module._int8
-                self._weight = plain._replace(bias=module.bias.detach().float())  # type: ignore[union-attr]
+                self._weight = plain._replace(bias=module.bias.detach().float() + plain.correction)  # type: ignore[union-attr]
             else:
                 whole = module.weight
-                self._weight = int8_weight(whole, module.bias)  # type: ignore[arg-type]
+                self._weight = int8_weight(whole, module.bias, module.groups, self.means)  # type: ignore[arg-type]
             self._remember()
 
     def __call__(self, x: Tensor, residual: Tensor | None, reuse_residual: bool, kernels: bool) -> Tensor:

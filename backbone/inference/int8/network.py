@@ -91,7 +91,9 @@ class Int8Method:
         if self._program is None:
             with _turn:
                 in_int8 = frozenset(choice.name for choice in self.choices if choice.dtype == torch.int8)
-                self._program = self._program or Program(self.network, self.calibration.codes, in_int8)
+                self._program = self._program or Program(
+                    self.network, self.calibration.codes, self.calibration.input_means(), in_int8
+                )
         return self._program
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backbone.engine.calls import is_autocast, is_traced
 from backbone.engine.folded import FoldedConv2d
-from backbone.engine.int8 import ACTIVATIONS, Activation, Codes, decode, encode, max_pool
+from backbone.engine.int8 import ACTIVATIONS, Activation, Codes, Means, decode, encode, max_pool
 from backbone.inference.int8.kernel import Int8Conv2d, Kernel
 from backbone.inference.int8.tracing import Call, Conv, Network, Pool, Step, filled, names_in
 
@@ -28,11 +28,14 @@ class Program:
     Args:
         network: What it computes.
         codes: What codes of each value stand for.
+        means: Of each value that a convolution takes.
         in_int8: Paths of the convolutions that compute in 8 bits.
     """
 
-    def __init__(self, network: Network, codes: Mapping[str, Codes], in_int8: frozenset[str]) -> None:
-        self._network, self._codes, self._in_int8 = network, codes, in_int8
+    def __init__(
+        self, network: Network, codes: Mapping[str, Codes], means: Mapping[str, Means], in_int8: frozenset[str]
+    ) -> None:
+        self._network, self._codes, self._means, self._in_int8 = network, codes, means, in_int8
         self._wanted = self._wants()
         self.kernels: list[Kernel] = []
         self._lines: list[tuple[Place, _Run, list[Place]]] = []
@@ -106,7 +109,7 @@ class Program:
         of_out = self._codes[step.out] if gives_codes else None
         of_residual = None if step.residual is None else self._codes[step.residual]
         assert isinstance(step.module, Int8Conv2d)
-        kernel = Kernel(step.module, self._codes[step.x], step.act, of_out, of_residual)
+        kernel = Kernel(step.module, self._codes[step.x], step.act, of_out, of_residual, self._means[step.x])
         self.kernels.append(kernel)
         reads: list[Place] = [(step.x, "codes")]
         if step.residual is not None:
