@@ -142,7 +142,8 @@ class Kernel:
     def refresh(self) -> None:
         """Write the weight in 8 bits anew where it has changed since; the ranges stay."""
         module, source = self.module, self._source
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        parameters = module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
         is_same = source is not None and source.weight is weight and source.bias is bias
         if is_same and source.values == _values(weight, bias):  # type: ignore[union-attr]
             return
@@ -204,7 +205,11 @@ class Kernel:
 
 def _values(weight: Tensor | None, bias: Tensor | None) -> tuple[object, ...]:
     """Where the tensors lie and how often they were written; something new at every call where nobody counts that."""
-    known = [each for each in (weight, bias) if each is not None]
-    if any(each.requires_grad or each.is_inference() for each in known):
+    assert bias is not None
+    if bias.requires_grad or bias.is_inference():
         return (object(),)
-    return tuple((each.data_ptr(), each._version) for each in known)
+    if weight is None:
+        return (bias.data_ptr(), bias._version)
+    if weight.requires_grad or weight.is_inference():
+        return (object(),)
+    return (weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)

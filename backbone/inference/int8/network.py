@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from backbone.engine import switch
-from backbone.engine.calls import has_hook, has_hook_within, is_watched, needs_grad
+from backbone.engine.calls import has_hook, is_watched, needs_grad
 from backbone.engine.int8 import has_int8, why_no_int8
+from backbone.engine.torch_internals import is_any_hooked
 from backbone.features import Backbone, input_channels, require_images
 from backbone.inference.int8.calibration import Calibration, calibrate
 from backbone.inference.int8.kernel import IN_INT8, Int8Conv2d
@@ -62,6 +63,7 @@ class Int8Method:
         self.root, self.network, self.calibration, self.choices = root, network, calibration, choices
         self._program: Program | None = None
         self._modules = [(module, dict(module._modules)) for module in root.modules()]
+        self._inner = [module for module in root.modules() if module is not root]
 
     def __call__(self, images: Tensor) -> Any:  # noqa: ANN401
         """Images (N, C, H, W) -> what the method returns, in float32.
@@ -70,7 +72,7 @@ class Int8Method:
             RuntimeError: If a module of the backbone was replaced since; weights may change.
         """
         root = self.root
-        if is_watched(images) or needs_grad(images) or any(map(has_hook_within, root.children())):
+        if is_watched(images) or needs_grad(images) or is_any_hooked(self._inner):
             return getattr(type(root), root.traced_method)(root, images)
         require_images(images, input_channels(root))
         for module, children in self._modules:
