@@ -513,6 +513,38 @@ def test_without_plain_weights_a_copy_holds_a_quarter() -> None:
     assert torch.equal(fast(images)["c5"], expected["c5"])
 
 
+class Gated(Backbone):
+    """Adds maps of different shapes before a ReLU, and calls one convolution twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.relu = nn.AdaptiveAvgPool2d(1), nn.ReLU()
+        self.in_channels = 3
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.relu(self.conv1(images))
+        x = self.relu(self.conv2(self.pool(x)) + x)
+        return {"c1": self.relu(self.conv2(x) + x), "pooled": self.pool(x).flatten(1)}
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+@torch.no_grad()
+def test_sums_of_different_shapes_and_a_convolution_called_twice(keep_weights: bool) -> None:
+    torch.manual_seed(0)
+    model, images = Gated().eval(), batches()[0]
+    fast, expected = in_int8(model, keep_weights=keep_weights), model(images)
+    assert [choice.name for choice in fast.optimization.int8] == ["conv1", "conv2", "conv2:2"]
+    for _ in range(3):
+        actual = fast(images)
+    assert min(cosine(actual[name], expected[name]) for name in expected) > 0.999
+    for network in (model, fast):
+        assert network.get_submodule("conv2").weight is not None  # made anew where it was dropped
+        network.get_parameter("conv2.weight").mul_(0.5)
+    actual, expected = fast(images), model(images)
+    assert min(cosine(actual[name], expected[name]) for name in expected) > 0.999
+
+
 @torch.no_grad()
 def test_swapped_modules_are_refused() -> None:
     fast, images = in_int8(trained()), batches()[0]

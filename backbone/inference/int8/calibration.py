@@ -18,7 +18,7 @@ from backbone.features import Backbone, input_channels, require_images
 from backbone.inference.int8.kernel import padded
 from backbone.inference.int8.program import after, in_floats
 from backbone.inference.int8.ranges import Histogram
-from backbone.inference.int8.tracing import Call, Conv, Network, Pool, filled, trace
+from backbone.inference.int8.tracing import Call, Conv, Network, Pool, filled, names_in, trace
 
 _KEPT_IMAGES: Final = 8
 _FORMAT: Final = 1
@@ -120,9 +120,10 @@ class Observer:
             self.num_images,
         )
 
-    def _count(self, name: str, value: Any) -> None:  # noqa: ANN401
+    def _count(self, name: str, values: dict[str, Any]) -> None:
         if name not in self._named:
             return
+        value = values[name]
         if not self._histograms.setdefault(name, Histogram()).add(value):
             what = "the images" if name == self.network.images else f"the output of {name}"
             raise ValueError(
@@ -133,10 +134,12 @@ class Observer:
             self._pixels[name] = self._pixels.get(name, 0) + value.numel() // value.shape[1]
             self._sums[name] = self._sums.get(name, 0) + value.float().sum((0, 2, 3))
 
-    def _run(self, images: Tensor, see: Callable[[str, Any], None]) -> dict[str, Any]:
-        """Compute in floats and show every value."""
+    def _run(self, images: Tensor, see: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+        """Compute in floats and show every value, with those that are still there: its inputs are."""
+        last_read = {name: step.out for step in self.network.steps for name in step.reads()}
+        kept = set(names_in(self.network.result))
         values: dict[str, Any] = {self.network.images: images}
-        see(self.network.images, images)
+        see(self.network.images, values)
         for step in self.network.steps:
             if isinstance(step, Conv):
                 residual = None if step.residual is None else values[step.residual]
@@ -146,24 +149,30 @@ class Observer:
             else:
                 assert isinstance(step, Call)
                 values[step.out] = step.run(values.__getitem__)
-            see(step.out, values[step.out])
+            see(step.out, values)
+            for name in set(step.reads()) - kept:
+                if last_read[name] == step.out:
+                    del values[name]
         return values
 
     def _require_same_shapes(self, images: Tensor) -> None:
         """Take sums of different shapes apart from their convolutions, once."""
         if self.num_images:
             return
-        while True:
-            apart = set(self.apart)
-            values = self._run(images, lambda *_: None)
-            for step in self.network.convs():
-                if step.residual is not None and values[step.out].shape != values[step.residual].shape:
-                    apart.add(step.out)
-            if apart == self.apart:
-                return
-            self.apart = apart
-            self.network = trace(self.root, frozenset(apart))
+        apart: set[str] = set()
+        adding = {step.out: step for step in self.network.convs() if step.residual is not None}
+
+        def see(name: str, values: dict[str, Any]) -> None:
+            step = adding.get(name)
+            if step is not None and step.module(values[step.x]).shape != values[str(step.residual)].shape:
+                apart.add(str(step.addition))
+
+        self._run(images, see)
+        if apart - self.apart:
+            self.apart |= apart
+            self.network = trace(self.root, frozenset(self.apart))
             self._named, self._inputs = _named(self.network), {step.x for step in self.network.convs()}
+            self._require_same_shapes(images)  # the other side's convolution may take the sum along now
 
     def _means(self, codes: Mapping[str, Codes]) -> dict[str, Means]:
         """Return the mean of each convolution's input, and what codes lose of it on the images that were kept."""
@@ -171,8 +180,9 @@ class Observer:
         lost: dict[str, Tensor] = {}
         for images in self._kept:
 
-            def see(name: str, value: Tensor, weight: float = len(images) / sum(map(len, self._kept))) -> None:
+            def see(name: str, values: dict[str, Any], weight: float = len(images) / sum(map(len, self._kept))) -> None:
                 if name in inputs:
+                    value = values[name]
                     of_value = (value - decode(encode(value, codes[name]), codes[name])).mean((0, 2, 3)) * weight
                     lost[name] = lost.get(name, torch.zeros_like(of_value)) + of_value
 
@@ -182,14 +192,20 @@ class Observer:
     def _errors(self, codes: Mapping[str, Codes], means: Mapping[str, Means]) -> dict[str, float]:
         """Return the error of each convolution on the images that were kept."""
         squares: dict[str, list[float]] = {}
+        convs = {step.out: step for step in self.network.convs()}
+
+        def see(name: str, values: dict[str, Any]) -> None:
+            step = convs.get(name)
+            if step is None:
+                return
+            exact = values[name].float()
+            error = _written(step, values, codes, means[step.x]) - exact
+            of_step = squares.setdefault(step.path, [0.0, 0.0])
+            of_step[0] += float(error.double().square().sum())
+            of_step[1] += float(exact.double().square().sum())
+
         for images in self._kept:
-            values = self._run(images, lambda *_: None)
-            for step in self.network.convs():
-                exact = values[step.out].float()
-                error = _written(step, values, codes, means[step.x]) - exact
-                of_step = squares.setdefault(step.path, [0.0, 0.0])
-                of_step[0] += float(error.double().square().sum())
-                of_step[1] += float(exact.double().square().sum())
+            self._run(images, see)
         return {path: math.sqrt(wrong / right) if right else 0.0 for path, (wrong, right) in squares.items()}
 
 

@@ -48,6 +48,7 @@ class Conv:
         act: What follows.
         path: The convolution's path in the network, and its number among several calls of it.
         module: The convolution.
+        addition: Name of the sum alone, if there is one.
     """
 
     out: str
@@ -56,6 +57,7 @@ class Conv:
     act: Activation
     path: str
     module: FoldedConv2d
+    addition: str | None = None
 
     def reads(self) -> list[str]:
         """Return the names of the values it takes."""
@@ -204,8 +206,8 @@ def trace(root: Backbone, apart: frozenset[str] = frozenset()) -> Network:
         if isinstance(module, FoldedConv2d) and len(node.args) == 1 and not node.kwargs:
             number = called[str(node.target)] = called.get(str(node.target), 0) + 1
             path = str(node.target) if number == 1 else f"{node.target}:{number}"
-            last, residual, act = _follow(root, node, absorbed, apart)
-            convs[last] = Conv(last.name, node.args[0].name, residual, act, path, module)
+            last, act, addition, residual = _follow(root, node, absorbed, apart)
+            convs[last] = Conv(last.name, node.args[0].name, residual, act, path, module, addition)
             absorbed.add(node)
     steps: list[Step] = []
     images, result = "", None
@@ -281,9 +283,10 @@ def _graph(root: Backbone) -> fx.Graph:
 
 def _follow(
     root: nn.Module, conv: fx.Node, absorbed: set[fx.Node], apart: frozenset[str]
-) -> tuple[fx.Node, str | None, Activation]:
-    """Return the last node that the kernel of ``conv`` can take along, and what it adds and applies on the way."""
-    last, residual, act = conv, None, "none"
+) -> tuple[fx.Node, Activation, str | None, str | None]:
+    """Return the last node that the kernel of ``conv`` can take along, its activation, its sum and what that adds."""
+    last, addition, residual = conv, None, None
+    act: Activation = "none"
     while act == "none" and len(last.users) == 1:
         (user,) = last.users
         if user in absorbed:
@@ -293,14 +296,14 @@ def _follow(
             (other,) = set(user.all_input_nodes) - {last}
             if _writes(root, user) and user.args[0] is other and len(other.users) > 1:
                 break
-            residual = other.name
+            addition, residual = user.name, other.name
         elif following is not None and (residual is None or following == "relu"):
             act = following
         else:
             break
         absorbed.add(user)
         last = user
-    return last, residual, act  # type: ignore[return-value]
+    return last, act, addition, residual
 
 
 def _is_addition(node: fx.Node) -> bool:
