@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, Self, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, Self, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,11 @@ class Backbone(nn.Module):
         feature_specs: Channels and stride of each feature map that ``forward`` returns, finest first.
         unpublished_prefixes: Parameter-name prefixes of parts that no published weights have, because this package
             added them. Loading leaves them at their present values unless the file has them.
+        traced_method: Name of the method, images -> maps in a container, that calls the same modules whatever the
+            images are; ``forward``, or a part of it.
     """
+
+    traced_method: ClassVar[str] = "forward"
 
     def __init__(self) -> None:
         super().__init__()

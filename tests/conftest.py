@@ -76,6 +76,8 @@ SLOW = {
     "hosts/test_torchvision.py::test_losses_and_gradients_equal_torchvisions_own",
     "hosts/test_transformers_parity.py",
     "hosts/test_transformers_published.py",
+    "inference/test_int8.py::test_features_are_those_of_floats",
+    "inference/test_int8.py::test_without_plain_weights_a_copy_holds_a_quarter",
     "providers/test_timm.py::test_model_keeps_the_whole_contract",
     "providers/test_timm_fused.py::test_pickled_and_compiled_models_give_the_same",
     "test_docs.py",

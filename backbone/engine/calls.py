@@ -54,11 +54,19 @@ def is_traced(x: Tensor) -> bool:
     also where ``x`` is no plain tensor of a CPU or CUDA device.
     """
     return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, nn.Parameter)
+        torch.compiler.is_compiling()  # the compiler cannot look at what follows
         or not switch.is_on()
         or not torch_internals.LOOKS_AT_CALLS
-        or not is_plain(x)
+        or is_watched(x)
+    )
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether modules must be called, be the engine on or off, for a tool would notice."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, nn.Parameter)
+        or not torch_internals.LOOKS_AT_CALLS
         or x.device.type not in ("cpu", "cuda")
         or x.numel() == 0
         or is_transformed()

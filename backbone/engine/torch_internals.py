@@ -8,7 +8,7 @@ The path ``calls`` tells what kind of call is going on; without it nobody could 
 import functools
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -34,6 +34,7 @@ class Path:
         needs: Another path that it stands on.
         reason: Why it is off; None while it is on.
         found: The objects behind the names, by the last part of the name.
+        needs_vnni: Whether it is silently off on a CPU that does not multiply 8-bit integers into 32-bit sums.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class Path:
     needs: "Path | None" = None
     reason: str | None = None
     found: dict[str, Any] = field(default_factory=dict)
+    needs_vnni: bool = False
 
     @property
     def is_on(self) -> bool:
@@ -57,6 +59,9 @@ def _try(title: str, path: Path) -> None:
     """Resolve the names of ``path`` and run its trial; note the reason where either fails, and say it once."""
     if path.needs_onednn and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call] # as on a Mac: nothing is wrong
         path.reason = "this build of torch has no oneDNN"
+        return
+    if path.needs_vnni and not _has_vnni():
+        path.reason = "this CPU has no VNNI, which multiplies 8-bit integers into 32-bit sums"
         return
     if path.needs is not None and not path.needs.is_on:  # said already
         path.reason = f"it needs what is off: {path.needs.reason}"
@@ -76,6 +81,12 @@ def _try(title: str, path: Path) -> None:
             path.reason = f"{_listed(path)} of torch {torch.__version__} failed in a trial: {error!r}"
     if path.reason is not None:
         warnings.warn(f"the engine's {title} is off, plain PyTorch runs instead: {path.reason}", stacklevel=2)
+
+
+def _has_vnni() -> bool:
+    """Whether torch sees one of the three extensions that multiply 8-bit integers without saturation."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "avx10_1", "amx_int8"))
 
 
 def _listed(path: Path) -> str:
@@ -187,6 +198,21 @@ def _hooks_are_seen() -> bool:
     return all(seen)
 
 
+def is_any_hooked(modules: Sequence[nn.Module]) -> bool:
+    """Whether one of ``modules`` has such a hook, or a ``forward`` of its own; quicker than asking each."""
+    for module in modules:
+        state = module.__dict__
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
+            return True
+    return False
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +261,44 @@ def _onednn_packs() -> bool:
 def _onednn_multiplies() -> bool:
     x, weight, bias = _numbers(5, 8), _numbers(6, 8), _numbers(6)
     return _close(_linear.found["_linear_pointwise"](x, weight, bias, "none", [], ""), F.linear(x, weight, bias))
+
+
+def _eight_bits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, weight, its scales and bias, with sums of products beyond 16 bits: without VNNI they would saturate."""
+    x = torch.full((1, 8, 6, 5), 255, dtype=torch.uint8, device="cpu")
+    x[:, ::3] = 17
+    weight = (_numbers(8, 8, 3, 3) * 127).to(torch.int8)
+    weight[0] = 127
+    return (
+        x.contiguous(memory_format=torch.channels_last),
+        weight,
+        _numbers(8).abs() / 1e3 + 1e-4,
+        _numbers(8),
+    )
+
+
+def _onednn_convolves_in_int8() -> bool:
+    """With zero points on both sides, a residual, an activation, and in float32."""
+    ops = _int8.found
+    x, weight, scale, bias = _eight_bits()
+    zeros, where = torch.zeros(8, dtype=torch.int32, device="cpu"), ((2, 2), (1, 1), (1, 1), 1)
+    values = ops["qconv_prepack"](weight, scale, 0.02, 13, *where, list(x.shape))
+    given = (x, 0.02, 13, values, scale, zeros)
+    plain = F.conv2d((x.float() - 13) * 0.02, weight.float() * scale[:, None, None, None], bias, (2, 2), (1, 1))
+    floats = ops["qconv2d_pointwise"](*given, bias, *where, 1.0, 0, torch.float32, "none", [], "")
+    step = float(plain.abs().max()) / 100
+    codes = ops["qconv2d_pointwise"](*given, bias, *where, step, 120, torch.uint8, "none", [], "")
+    residual = torch.full(plain.shape, 90, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    ops["qconv2d_pointwise"].binary(
+        *given, residual, bias, *where, step, 0, torch.uint8, step, 40, "sum", 1.0, "relu", [], ""
+    )
+    unpacked = values.to_dense()
+    return (
+        _close(floats, plain, 1e-4 * float(plain.abs().max()))
+        and _close(codes.float(), (plain / step).round() + 120, 1)
+        and _close(residual.float(), (plain / step + 50).round().clamp(0, 255), 1)
+        and torch.equal(unpacked, weight)
+    )
 
 
 def _half_precision_answers() -> bool:
@@ -299,6 +363,12 @@ _onednn = Path(
 )
 _packing = Path(("ops.mkldnn._reorder_convolution_weight",), _onednn_packs, needs_onednn=True, needs=_onednn)
 _linear = Path(("ops.mkldnn._linear_pointwise",), _onednn_multiplies, needs_onednn=True)
+_int8 = Path(
+    ("ops.onednn.qconv2d_pointwise", "ops.onednn.qconv_prepack"),
+    _onednn_convolves_in_int8,
+    needs_onednn=True,
+    needs_vnni=True,
+)
 _half = Path(
     ("ops.mkldnn._is_mkldnn_bf16_supported", "ops.mkldnn._is_mkldnn_fp16_supported"),
     _half_precision_answers,
@@ -308,11 +378,13 @@ _backward = Path(("ops.aten.convolution_backward", "ops.aten.threshold_backward"
 _cudnn = Path(("cudnn_convolution_relu", "cudnn_convolution_add_relu"), _looked_up)
 _calls: Final = _told_apart.found
 
+INT8: Final = "8-bit convolution of oneDNN"
 PATHS: Final[dict[str, Path]] = {
     "look at calls": _told_apart,
     "fused convolution of oneDNN": _onednn,
     "weight packing of oneDNN": _packing,
     "matrix product of oneDNN": _linear,
+    INT8: _int8,
     "half precision of oneDNN": _half,
     "gradient": _backward,
     "fused convolution of cuDNN": _cudnn,
@@ -325,6 +397,7 @@ LOOKS_AT_CALLS: Final = _told_apart.is_on
 HAS_ONEDNN: Final = _onednn.is_on
 PACKS: Final = _onednn.is_on and _packing.is_on
 HAS_LINEAR: Final = _linear.is_on
+HAS_INT8: Final = _int8.is_on
 HAS_GRADIENT: Final = _backward.is_on
 
 
@@ -336,6 +409,9 @@ convolution_pointwise: Final[Kernel] = _onednn.found.get("_convolution_pointwise
 convolution_pointwise_: Final[Kernel] = _onednn.found.get("_convolution_pointwise_", _unavailable)
 reorder_convolution_weight: Final[Kernel] = _packing.found.get("_reorder_convolution_weight", _unavailable)
 linear_pointwise: Final[Kernel] = _linear.found.get("_linear_pointwise", _unavailable)
+qconv2d_pointwise: Final[Kernel] = getattr(_int8.found.get("qconv2d_pointwise"), "default", _unavailable)
+qconv2d_pointwise_binary: Final[Kernel] = getattr(_int8.found.get("qconv2d_pointwise"), "binary", _unavailable)
+qconv_prepack: Final[Kernel] = _int8.found.get("qconv_prepack", _unavailable)
 convolution_backward: Final[Any] = _backward.found.get("convolution_backward", _unavailable)
 threshold_backward: Final[Any] = _backward.found.get("threshold_backward", _unavailable)
 cudnn_convolution_relu: Final[Kernel] = _cudnn.found.get("cudnn_convolution_relu", _unavailable)

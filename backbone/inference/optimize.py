@@ -4,19 +4,19 @@ import copy
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeGuard
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from backbone.engine.calls import has_hook, has_hook_within, is_plain
+from backbone.engine.calls import has_hook, has_hook_within
 from backbone.engine.folded import FoldedConv2d, QuickLinear
 from backbone.engine.known import pairs_of, runs_in_order
 from backbone.inference.extractors import find_extractors, replace_everywhere, returns_features
-from backbone.inference.foreign_norms import frozen_eps, what_follows
+from backbone.inference.folding import constants_of, fold, is_plain_conv, remainder_of
 from backbone.inference.graphs import GraphedExtractor
+from backbone.inference.int8 import CalibrationSource, LayerChoice, compute_in_int8, in_floats_again
 from backbone.inference.reparameterize import reparameterize
-from backbone.norm import FrozenBatchNorm2d, freeze_norms, frozen_form, is_frozen_form
 
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class Optimization:
             no convolution.
         dtype: What the feature extractors compute in.
         linear: Number of linear layers that run by oneDNN in float32 on a CPU with AVX-512, and as before elsewhere.
+        int8: With ``dtype=torch.int8`` what each convolution of the backbone computes in, and its error in 8 bits.
     """
 
     folded: int
@@ -40,18 +41,39 @@ class Optimization:
     kept: tuple[str, ...]
     dtype: torch.dtype
     linear: int = 0
+    int8: tuple[LayerChoice, ...] = ()
 
     def __str__(self) -> str:
+        if self.int8:
+            return f"{self._folded()}, {self._in_int8()}"
         kept = f"; kept {len(self.kept)} norms ({', '.join(self.kept[:3])}, ...)" if self.kept else ""
         dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self._folded()}, computes in {dtype}{kept}"
+
+    def _folded(self) -> str:
         others = f"{self.prepared} other convolutions and {self.linear} linear layers"
-        return f"folded {self.folded} norms, prepared {others}, computes in {dtype}{kept}"
+        return f"folded {self.folded} norms, prepared {others}"
+
+    def _in_int8(self) -> str:
+        left = [f"{choice.name} ({choice.error:.1%})" for choice in self.int8 if choice.dtype != torch.int8]
+        worst = max(
+            (choice for choice in self.int8 if choice.dtype == torch.int8), key=lambda each: each.error, default=None
+        )
+        text = f"computes in int8 in {len(self.int8) - len(left)} of {len(self.int8)} convolutions"
+        text += "" if worst is None else f", of which {worst.name} loses most ({worst.error:.1%})"
+        return text + (f"; left in floats: {', '.join(left)}" if left else "")
 
 
 @torch.inference_mode(False)  # the copy's tensors must not be inference tensors: those change unseen
 @torch.no_grad()
 def optimize_for_inference(
-    model: nn.Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True, cuda_graphs: bool = False
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_weights: bool = True,
+    cuda_graphs: bool = False,
+    calibration: CalibrationSource | None = None,
+    max_error: float = 0.1,
 ) -> nn.Module:
     """Return a copy of ``model`` in eval mode that gives the same outputs faster; ``model`` stays as it is.
 
@@ -73,13 +95,22 @@ def optimize_for_inference(
             still there, unpacked for who asks.
         cuda_graphs: Whether each feature extractor is replayed as one CUDA graph per image shape: worth it for few
             shapes and small batches, where launching kernels takes longer than running them.
+        calibration: For ``dtype=torch.int8``: 50 to 300 images, in batches as the model takes them, whose values tell
+            which numbers 8 bits must write. Or the ``calibration`` of an earlier copy, or a file that its ``save``
+            wrote.
+        max_error: For ``dtype=torch.int8``: convolutions whose output would lose more stay in floats. In units of the
+            output's root mean square, for exact inputs, on the first calibration images.
 
     Raises:
-        ValueError: If ``dtype`` is none of float16, bfloat16, float32 and float64.
+        ValueError: If ``dtype`` is none of float16, bfloat16, float32, float64 and int8, or if int8 does not suit the
+            network or its calibration.
     """
-    if dtype not in (None, *_DTYPES):
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None, got {dtype}")
+    if dtype not in (None, *_DTYPES, torch.int8):
+        raise ValueError(f"dtype must be one of {', '.join(map(str, (*_DTYPES, torch.int8)))} or None, got {dtype}")
+    if calibration is not None and dtype != torch.int8:
+        raise ValueError(f"calibration is for dtype=torch.int8, got dtype={dtype}; leave it out")
     model = _without_graphs(_copied(model).eval())
+    in_floats_again(model)
     reparameterize(model)
     folded = sum(_fold_norms(module, keep_weights) for module in list(model.modules()))
     prepared = _prepare(model, keep_weights)
@@ -91,10 +122,16 @@ def optimize_for_inference(
         layer.__class__ = QuickLinear
     extractors = find_extractors(model)
     if dtype is not None:
+        floats = torch.float32 if dtype == torch.int8 else dtype
         for extractor in extractors:
-            _compute_in(dtype, extractor, casts_back=not returns_features(model))
+            _compute_in(floats, extractor, casts_back=not returns_features(model))
     model.requires_grad_(False)
     model.eval()  # adapters that list their parameters forget those that were folded
+    in_int8: tuple[LayerChoice, ...] = ()
+    if dtype == torch.int8:
+        method, more = compute_in_int8(model, calibration, max_error, keep_weights)
+        in_int8, folded = method.choices, folded + more
+        model.calibration = method.calibration  # type: ignore[assignment]
     if cuda_graphs and not torch.cuda.is_available():
         warnings.warn(
             "cuda_graphs=True needs a CUDA device, and torch sees none here: until the copy is moved to one it runs "
@@ -105,7 +142,8 @@ def optimize_for_inference(
         model = replace_everywhere(model, {extractor: GraphedExtractor(extractor) for extractor in extractors})
     kept = tuple(name for name, module in model.named_modules() if _is_norm(module))
     computes_in = next((parameter.dtype for parameter in extractors[0].parameters()), dtype or torch.float32)
-    model.optimization = Optimization(folded, prepared, kept, computes_in, len(layers))  # type: ignore[assignment]
+    computes_in = torch.int8 if in_int8 else computes_in
+    model.optimization = Optimization(folded, prepared, kept, computes_in, len(layers), in_int8)  # type: ignore[assignment]
     _log.info("%s: %s", type(model).__name__, model.optimization)
     return model
 
@@ -138,14 +176,14 @@ def _fold_norms(parent: nn.Module, keep_weights: bool) -> int:
         path, _, leaf = conv_name.rpartition(".")  # a deep stem's last convolution lies within it
         owner = parent.get_submodule(path)
         conv, norm = owner._modules.get(leaf), parent._modules.get(norm_name)
-        if conv is None or norm is None or not _is_plain_conv(conv) or has_hook_within(norm):
+        if conv is None or norm is None or not is_plain_conv(conv) or has_hook_within(norm):
             continue
         if path and not _ends_in(owner, leaf):
             continue
-        constants = _constants(norm)
+        constants = constants_of(norm)
         if constants is not None:
-            owner._modules[leaf] = _fold(conv, constants, keep_weights)
-            parent._modules[norm_name] = _remainder(norm)
+            owner._modules[leaf] = fold(conv, constants, keep_weights)
+            parent._modules[norm_name] = remainder_of(norm)
             folded += 1
     return folded
 
@@ -155,61 +193,12 @@ def _ends_in(layers: nn.Module, name: str) -> bool:
     return runs_in_order(layers) and not has_hook(layers) and next(reversed(layers._modules)) == name
 
 
-def _is_plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether ``conv`` is a convolution that another may replace: torch's own, with dense weights, and no hooks."""
-    is_known = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return (
-        is_known
-        and not has_hook(conv)
-        and all(is_plain(each) and each.is_floating_point() for each in conv.parameters())
-    )
-
-
-class _Constants(NamedTuple):
-    """What a batch norm computes: ``(x - mean) / sqrt(variance + eps) * weight + bias``."""
-
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
-def _constants(norm: nn.Module) -> _Constants | None:
-    """Return what ``norm`` computes; None where it is no batch norm that is known, by its exact class."""
-    eps = norm.eps if frozen_form(norm) or is_frozen_form(norm) else frozen_eps(norm)
-    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if eps is None or mean is None or variance is None:  # without statistics it depends on the input
-        return None
-    return _Constants(mean, variance, norm.weight, norm.bias, float(eps))  # type: ignore[arg-type]
-
-
-def _remainder(norm: nn.Module) -> nn.Module:
-    """Return what ``norm`` does besides, such as an activation."""
-    form = frozen_form(norm)
-    if form is FrozenBatchNorm2d:
-        return nn.Identity()
-    known = freeze_norms(norm) if form else norm  # the frozen form tells
-    return known.remainder() if isinstance(known, FrozenBatchNorm2d) else what_follows(known)
-
-
-def _fold(conv: nn.Conv2d, norm: _Constants, keep_weight: bool) -> FoldedConv2d:
-    """Fold in double precision and round to the dtype of ``conv``."""
-    scale = torch.rsqrt(norm.variance.double() + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    mean = norm.mean.double()
-    shift = -mean * scale if conv.bias is None else (conv.bias.double() - mean) * scale
-    shift = shift if norm.bias is None else shift + norm.bias.double()
-    weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype)
-    return FoldedConv2d(conv, weight, shift.to(conv.weight.dtype), keep_weight=keep_weight)
-
-
 def _prepare(model: nn.Module, keep_weights: bool) -> int:
     """Let the remaining plain convolutions use prepared weights, too; return how many."""
     prepared = 0
     for parent in list(model.modules()):
         for name, conv in parent._modules.items():
-            if conv is not None and _is_plain_conv(conv):
+            if conv is not None and is_plain_conv(conv):
                 bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
                 parent._modules[name] = FoldedConv2d(conv, conv.weight, bias, keep_weight=keep_weights)
                 prepared += 1

@@ -1,16 +1,21 @@
 """Measure a trained detector or segmenter: what ``backbone evaluate`` does."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
 
 from backbone.console import console, readable_errors, say
 from backbone.images import UnreadableImageError
+from backbone.inference.optimize import optimize_for_inference
 from backbone.training.coco.annotations import read_annotations
 from backbone.training.coco.data import CocoImages, make_loader
 from backbone.training.facts import read_run, recipe_of
 from backbone.training.launch import common_settings, require_possible, tracked
-from backbone.training.module import DetectionModule, load_detector_state
+from backbone.training.module import DetectionModule, load_detector_state, normalised
+from backbone.training.parameter_groups import backbone_of
 from backbone.training.reports import print_metrics, save_metrics, save_sheet
 
 
@@ -23,8 +28,15 @@ def evaluate(
     device: str = "auto",
     json_file: Path | None = None,
     sheet: Path | None = None,
+    dtype: str | None = None,
+    calibration: int = 100,
 ) -> None:
-    """Check, load, measure."""
+    """Check, load, measure.
+
+    With ``dtype`` a copy for inference is measured whose backbone computes in it; in int8 the first images of the split
+    ``train``, as many as ``calibration``, tell the ranges.
+    """
+    device = "cpu" if dtype == "int8" and device == "auto" else device
     with readable_errors(ValueError, OSError):
         _, facts = read_run(weights)
         recipe = recipe_of(config, facts, weights)
@@ -35,6 +47,11 @@ def evaluate(
         images = CocoImages(annotations, recipe, train=False)
         module = DetectionModule(recipe, images, annotations.class_names, facts=facts)
         load_detector_state(module.detector, weights)
+        if dtype is not None:
+            shown = _shown(module, data, calibration) if dtype == "int8" else None
+            copy: Any = optimize_for_inference(module.detector, dtype=getattr(torch, dtype), calibration=shown)
+            module.detector = copy
+            say(str(copy.optimization))
     trainer = L.Trainer(**common_settings(recipe, device), devices=1, logger=False, enable_checkpointing=False)
     with readable_errors(UnreadableImageError):
         trainer.validate(module, make_loader(images), verbose=False)
@@ -45,3 +62,16 @@ def evaluate(
     if sheet:
         save_sheet(module, images, annotations.class_names, sheet)
         say(str(sheet))
+
+
+def _shown(module: DetectionModule, data: Path, count: int) -> list[list[Tensor] | Tensor]:
+    """Return batches of one training image each, without augmentation, as the detector takes them."""
+    recipe = module.config
+    annotations = read_annotations(data, "train", recipe, class_names=module.class_names, track=tracked)
+    images = CocoImages(annotations, recipe, train=False)
+    if not 1 <= count <= len(images):
+        raise ValueError(f"calibration must be 1 to the {len(images)} images of the split train, got {count}")
+    chosen = [[images[0, index][0]] for index in range(count)]
+    if not module.is_segmenter:
+        return list(chosen)
+    return [normalised(backbone_of(module.detector), recipe, each) for each in chosen]

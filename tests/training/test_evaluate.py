@@ -39,6 +39,26 @@ def test_saved_weights_measure_what_training_ended_with(run: Path, data: Path, t
     assert (tmp_path / "s.png").stat().st_size > 10_000
 
 
+def test_an_inference_copy_is_measured_in_its_dtype(data: Path, tmp_path: Path) -> None:
+    settings = recipe("retinanet", norm="bn", train={"epochs": 1})
+    assert train(settings, data, tmp_path / "run").exit_code == 0
+    options = ["--weights", f"{tmp_path}/run/model.pth", "--json", f"{tmp_path}/m.json"]
+    for given, told in {
+        ("--dtype", "float32"): "folded 20 norms",
+        ("--dtype", "int8", "--calibration", "2"): "computes in int8 in 20 of 20 convolutions",
+    }.items():
+        result = invoke("evaluate", settings, data, tmp_path / "evaluation", *options, *given)
+        assert result.exit_code == 0, result.output
+        assert told in result.output
+        measured = json.loads((tmp_path / "m.json").read_text())
+        assert measured.keys() == json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"].keys()
+    refused = invoke(
+        "evaluate", settings, data, tmp_path / "other", *options, "--dtype", "int8", "--calibration", "100"
+    )
+    assert refused.exit_code == 2
+    assert "calibration must be 1 to the 8 images of the split train, got 100" in refused.stderr
+
+
 BAD_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absent": (lambda file: None, "must be an existing file"),
     "damaged": (lambda file: file.write_bytes(b"PK no checkpoint"), "cannot be read as a checkpoint"),

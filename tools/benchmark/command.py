@@ -4,6 +4,7 @@
     python tools/benchmark.py --workload train --image-size 512 512 --dtype float32 --dtype bfloat16
     python tools/benchmark.py --workload train --norms-train --image-size 512 512 --peers torchvision,timm
     python tools/benchmark.py --name timm/regnetx_032 --peers timm
+    python tools/benchmark.py --dtype int8 --peers openvino,onnxruntime
     python tools/benchmark.py --device cuda --workload infer --workload train --batch 1 --batch 8 --dtype bfloat16
 
 Every contender gets the same weights and images and must agree with torchvision, or with timm about timm's models, in
@@ -50,6 +51,7 @@ from benchmark.networks import (
 )
 
 FLOAT32_LIMIT = 1e-5  # largest difference in units of the largest value, from torchvision in float32
+INT8_LIMIT = 0.3  # the same in int8, a step of which is some hundredths of the largest value where ranges are cut
 HALF_LIMIT = 5e-2  # the same in half precision, where torchvision's own error sets another
 OWN_ERRORS = 3  # times torchvision's own error in half precision is what ours may have
 # In float32. A ReLU input that rounds to the other side of zero switches a whole gradient; a score that rounds to the
@@ -113,7 +115,7 @@ def unequal_detections(actual: Tensor, expected: Tensor) -> float:
 
 def disagreement(case: Case, contender: Contender, own: tuple[float, float]) -> str | None:
     """Why ``contender`` must not be timed; ``own`` are torchvision's errors in the dtype of the case."""
-    limit = min(OWN_ERRORS * own[0], HALF_LIMIT) if case.is_half else FLOAT32_LIMIT
+    limit = min(OWN_ERRORS * own[0], HALF_LIMIT) if case.is_half else INT8_LIMIT if case.is_int8 else FLOAT32_LIMIT
     mismatch_limit = max(OWN_ERRORS * own[1], HALF_LIMIT) if case.is_half else MISMATCH_LIMIT
     if not contender.error <= limit:
         return f"features differ by {contender.error:.1e}, more than {limit:.1e}"
@@ -267,7 +269,7 @@ def hardware(device: DeviceName) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries at work."""
-    names = ("torch", "torchvision", "timm", "detectron2", "onnxruntime", "openvino")
+    names = ("torch", "torchvision", "timm", "detectron2", "onnxruntime", "openvino", "nncf")
     found = {name: str(sys.modules[name].__version__) for name in names if sys.modules.get(name)}
     return {"python": platform.python_version(), **found}
 
@@ -300,6 +302,8 @@ def main(
         raise typer.BadParameter(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
     if device is DeviceName.CUDA and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here; use --device cpu")
+    if DtypeName.INT8 in (dtype or []) and (device is DeviceName.CUDA or set(workload or []) - {Workload.INFER}):
+        raise typer.BadParameter("int8 is for inference on the CPU; take --workload infer --device cpu")
     if of_timm := [each.removeprefix(TIMM) for each in name or [] if each.startswith(TIMM)]:
         if Workload.DETECTOR in (workload or []):
             raise typer.BadParameter("the detector is torchvision's on its own ResNet; take --workload infer or train")

@@ -5,12 +5,15 @@ A new peer is a function from a ``Case`` to a ``Contender``, added to ``PEERS``;
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -18,12 +21,15 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 from backbone import optimize_for_inference
+from backbone.export.quantization import quantise
 from benchmark.networks import (
     TIMM,
     Case,
     DeviceName,
+    DtypeName,
     NotHere,
     Workload,
+    calibration_of,
     detector,
     detectron2_network,
     images_of,
@@ -158,13 +164,30 @@ def our_contender(case: Case) -> Contender:
     if case.is_train:
         return eager(case, "ours", network)
     start = time.perf_counter()
-    optimized = optimize_for_inference(network, dtype=case.dtype if case.is_half else None)
+    optimized = _optimised(case, network)
     seconds = time.perf_counter() - start
     # A detector's heads follow autocast, as they do in torchvision's; bare features need none.
     autocast = case.autocast if case.workload is Workload.DETECTOR else contextlib.nullcontext
     contender = inference(case, "ours", optimized, autocast=autocast)
     contender.first_call = seconds
     return contender
+
+
+def _optimised(case: Case, network: nn.Module) -> nn.Module:
+    if case.is_int8:
+        return optimize_for_inference(network, dtype=case.dtype, calibration=calibration_of(case))
+    return optimize_for_inference(network, dtype=case.dtype if case.is_half else None)
+
+
+def our_contender_in(name: DtypeName) -> Callable[[Case], Contender]:
+    """Ours in another dtype, which int8 has to beat."""
+
+    def peer(case: Case) -> Contender:
+        contender = our_contender(dataclasses.replace(case, dtype_name=name))
+        contender.name = f"ours {name}"
+        return contender
+
+    return peer
 
 
 def our_graphed_contender(case: Case) -> Contender:
@@ -256,16 +279,25 @@ def onnx_of(case: Case) -> bytes:
     network, file = torchvision_network(case), io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecation: the new one needs onnxscript
-        torch.onnx.export(network, (images_of(case),), file, dynamo=False, opset_version=17)  # type: ignore[arg-type]
+        torch.onnx.export(
+            network,
+            (images_of(case),),
+            file,  # type: ignore[arg-type]
+            input_names=["images"],
+            dynamo=False,
+            opset_version=17,
+        )
     return file.getvalue()
 
 
 def onnxruntime_peer(case: Case) -> Contender:
-    """ONNX Runtime on the CPU, in float32."""
+    """ONNX Runtime on the CPU, in float32, or in int8 by its own static quantisation (QDQ)."""
     onnxruntime = import_peer("onnxruntime")
     if case.is_half:
-        raise NotHere("its CPU convolutions are float32")
+        raise NotHere("its CPU convolutions are float32 or int8")
     model, images = onnx_of(case), images_of(case).numpy()
+    if case.is_int8:
+        model = quantised_by_onnxruntime(case, model)
 
     def prepare() -> Callable[..., object]:
         options = onnxruntime.SessionOptions()
@@ -278,11 +310,23 @@ def onnxruntime_peer(case: Case) -> Contender:
     return inference(case, "onnxruntime", None, prepare)
 
 
+def quantised_by_onnxruntime(case: Case, model: bytes) -> bytes:
+    """Return a graph in int8, prepared as ONNX Runtime's manual asks."""
+    onnx, preparing = import_peer("onnx"), import_peer("onnxruntime.quantization.shape_inference")
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
+        before.write_bytes(model)
+        preparing.quant_pre_process(str(before), str(after), skip_symbolic_shape=True)
+        graph: bytes = quantise(onnx.load(after), calibration_of(case), Path(folder)).SerializeToString()
+    return graph
+
+
 def openvino_peer(case: Case) -> Contender:
-    """OpenVINO on the CPU."""
+    """OpenVINO on the CPU, in int8 by NNCF's post-training quantisation."""
     openvino = import_peer("openvino")
     if case.dtype == torch.float16:
-        raise NotHere("its CPU plugin computes in float32 or bfloat16")
+        raise NotHere("its CPU plugin computes in float32, bfloat16 or int8")
+    nncf = import_peer("nncf") if case.is_int8 else None
     model, images = onnx_of(case), images_of(case).numpy()
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -293,7 +337,12 @@ def openvino_peer(case: Case) -> Contender:
 
     def prepare() -> Callable[..., object]:
         core = openvino.Core()
-        request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
+        network = core.read_model(model)
+        if nncf is not None:
+            batches = calibration_of(case)
+            data = nncf.Dataset(batches, lambda batch: batch.numpy())
+            network = nncf.quantize(network, data, subset_size=len(batches))
+        request = core.compile_model(network, "CPU", settings).create_infer_request()
 
         def call(_: object) -> list[Tensor]:
             results = request.infer([images], share_inputs=True, share_outputs=True)
@@ -314,12 +363,16 @@ PEERS: dict[str, Callable[[Case], Contender]] = {
 }
 
 
+IN_INT8 = ("onnxruntime", "openvino")
 EAGER = {"torchvision": torchvision_network, "timm": timm_network, "detectron2": detectron2_network}
 
 
 def builders_of(case: Case, peers: Sequence[str], compile_at: Sequence[int]) -> dict[str, Callable[[Case], Contender]]:
     """Who takes part, by name, ours first."""
     builders: dict[str, Callable[[Case], Contender]] = {"ours": our_contender}
+    if case.is_int8:
+        builders |= {f"ours {name}": our_contender_in(name) for name in (DtypeName.FLOAT32, DtypeName.BFLOAT16)}
+        return builders | {name: PEERS[name] if name in IN_INT8 else without_int8 for name in peers}
     if not case.is_train:
         builders["ours (not optimised)"] = our_plain_contender
     if case.workload is Workload.INFER and case.device is DeviceName.CUDA:
@@ -333,6 +386,11 @@ def builders_of(case: Case, peers: Sequence[str], compile_at: Sequence[int]) -> 
     if "torchvision-compile" in builders and compile_at and case.batch not in compile_at:
         builders["torchvision-compile"] = not_compiled
     return builders
+
+
+def without_int8(case: Case) -> Contender:
+    """Stand in for an eager library."""
+    raise NotHere("has no int8 of its own that runs without another program")
 
 
 def not_compiled(case: Case) -> Contender:

@@ -14,6 +14,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from backbone.command.timing import loops_for, time_loops
 from backbone.command.timing import time_rounds as interleaved_rounds
+from backbone.engine.int8 import Codes, convolve, has_int8, int8_weight, packed, simulate
+from backbone.engine.kernels import Geometry
 from benchmark.contenders import Contender
 from benchmark.networks import Case, DeviceName
 
@@ -75,8 +77,8 @@ def measure_machine(device: DeviceName, dtype: torch.dtype) -> Machine:
     processors.
     """
     cuda = device is DeviceName.CUDA
-    rate = 0.0
-    for size in (4096, 8192, 16384) if cuda else (512, 1024, 2048):
+    rate = _int8_rate() if dtype == torch.int8 else 0.0
+    for size in () if rate else (4096, 8192, 16384) if cuda else (512, 1024, 2048):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         products: list[Callable[[], object]] = [functools.partial(torch.mm, a, b, out=out)]
@@ -90,6 +92,19 @@ def measure_machine(device: DeviceName, dtype: torch.dtype) -> Machine:
     source = torch.ones(2**31 if cuda else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return Machine(rate, 2 * source.numel() / measure(device, lambda: target.copy_(source)))
+
+
+def _int8_rate() -> float:
+    """Operations per second of square products in 8 bits, as 1x1 convolutions; of their simulation without VNNI."""
+    rate, codes, geometry = 0.0, Codes(0.02, 0), Geometry((1, 1), (0, 0), (1, 1), 1)
+    for size in (512, 1024, 2048) if has_int8() else (512,):
+        pixels = torch.randint(0, 256, (1, size // 32, 32, size), dtype=torch.uint8).permute(0, 3, 1, 2)
+        weight = int8_weight(torch.randn(size, size, 1, 1), torch.zeros(size))
+        if has_int8():
+            weight = packed(weight, codes, geometry, pixels.shape)
+        run = functools.partial(convolve if has_int8() else simulate, pixels, codes, weight, geometry, "relu", codes)
+        rate = max(rate, 2 * size**3 / measure(DeviceName.CPU, run))
+    return rate
 
 
 def measure(device: DeviceName, run: Callable[[], object]) -> float:

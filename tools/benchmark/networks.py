@@ -20,6 +20,7 @@ from backbone import Backbone, BackboneConfig, build_backbone
 from backbone.config import NormName
 
 FREEZE_AT = 2  # stem and C2, as detectors are trained
+CALIBRATION_BATCHES = 8
 TIMM = "timm/"  # begins the name of a model of timm's, which is compared with timm alone
 TIMM_FAMILIES = ["resnet", "regnet"]  # timm's modules whose features_only models keep the parameters' names
 
@@ -38,6 +39,7 @@ class DtypeName(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    INT8 = "int8"
 
 
 class DeviceName(StrEnum):
@@ -81,7 +83,12 @@ class Case:
     @property
     def is_half(self) -> bool:
         """Whether it computes in 16 bits."""
-        return self.dtype != torch.float32
+        return self.dtype.itemsize == 2
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it computes in 8 bits."""
+        return self.dtype == torch.int8
 
     @property
     def is_train(self) -> bool:
@@ -126,6 +133,12 @@ def images_of(case: Case) -> Tensor:
     return draw(shape, generator=generator).to(case.device).contiguous(memory_format=case.memory_format)
 
 
+def calibration_of(case: Case) -> list[Tensor]:
+    """Batches like ``images_of``, of other numbers, from which every contender in int8 learns its ranges."""
+    draw = functools.partial(torch.randn, case.batch, 3, case.height, case.width)
+    return [draw(generator=torch.Generator().manual_seed(seed)) for seed in range(2, 2 + CALIBRATION_BATCHES)]
+
+
 @functools.lru_cache(maxsize=1)
 def state_of(name: str) -> dict[str, Tensor]:
     """Random weights with uneven statistics, under torchvision's names, or timm's where the model is timm's.
@@ -165,13 +178,13 @@ def frozen_backbone(name: str, freeze_at: int, norm: NormName) -> Backbone:
 
 
 def torchvision_network(case: Case) -> nn.Module:
-    """C2 to C5 by torchvision's own getter, with its own frozen norms."""
+    """C2 to C5 by torchvision's own getter, with its frozen norms; in int8 with batch norms, which exporters fold."""
     if case.name.startswith(TIMM):
         raise NotHere("takes part with torchvision's models only")
-    norm = nn.BatchNorm2d if case.norms_train else FrozenBatchNorm2d
+    norm = nn.BatchNorm2d if case.norms_train or case.is_int8 else FrozenBatchNorm2d
     network = torchvision.models.get_model(case.name, norm_layer=norm)
     getter = IntermediateLayerGetter(network, return_layers={f"layer{n}": f"c{n + 1}" for n in range(1, 5)})
-    getter.load_state_dict(state_of(case.name))
+    getter.load_state_dict({**getter.state_dict(), **state_of(case.name)})
     return case.place(getter)
 
 

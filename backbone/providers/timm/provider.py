@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import timm
 import torch
@@ -114,6 +114,8 @@ class TimmBackbone(Backbone):
         ValueError: If the model cannot keep the contract or a setting cannot be honoured.
     """
 
+    traced_method: ClassVar[str] = "maps"
+
     def __init__(
         self,
         model: str,
@@ -164,19 +166,22 @@ class TimmBackbone(Backbone):
         """Images (N, in_channels, H, W) -> ``{"c2": (N, C, H/4, W/4), ..., "c5": (N, C, H/32, W/32)}``; round up."""
         height, width = self._require_images(images)
         bottom, right = (_steps(side, self.size_multiple) * self.size_multiple - side for side in (height, width))
-        maps = timm_plan.features_at(self.network, F.pad(images, (0, right, 0, bottom)), self.indices)
+        maps = self.maps(F.pad(images, (0, right, 0, bottom)))
         if self.pyramid is not None:
             features: Features = self.pyramid(maps[0])
         else:
             features = dict(zip(self.feature_specs, maps, strict=True))
-        if (
-            not torch.compiler.is_exporting() and not bottom and not right
-        ):  # in an export the question would fix the size
+        # in an export the question would fix the size
+        if not torch.compiler.is_exporting() and not bottom and not right:
             return features
         return {
             name: features[name][..., : _steps(height, spec.stride), : _steps(width, spec.stride)]
             for name, spec in self.feature_specs.items()
         }
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Images (N, in_channels, H, W) of sizes the model can take -> timm's maps, (N, C_i, H_i, W_i) each."""
+        return timm_plan.features_at(self.network, images, self.indices)
 
     def named_weights(self, name: str) -> tuple[Mapping[str, Tensor], Preprocessing]:
         """Return timm's weights under the tag ``name``, fetched by timm.

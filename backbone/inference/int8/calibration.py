@@ -1,0 +1,283 @@
+"""What calibration images showed of a network: the range of every value, and what 8 bits cost every convolution."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbone.engine.int8 import Codes, Means, decode, encode, int8_weight
+from backbone.features import Backbone, input_channels, require_images
+from backbone.inference.int8.kernel import padded
+from backbone.inference.int8.program import after, in_floats
+from backbone.inference.int8.ranges import Histogram
+from backbone.inference.int8.tracing import Call, Conv, Network, Pool, filled, names_in, trace
+
+_KEPT_IMAGES: Final = 8
+_FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The ranges of one network's values, from calibration images; give it instead of images to do without them.
+
+    Attributes:
+        fingerprint: Tells the network it belongs to.
+        codes: Scale and zero point of each value, by name.
+        means: Of each value that a convolution takes: its mean by channel, and what codes lose of it.
+        errors: What 8 bits cost each convolution, by its path: the root of the mean squared error of its output for
+            exact inputs, in units of the output's root mean square.
+        apart: Sums that are computed by themselves.
+        num_images: How many images there were.
+    """
+
+    fingerprint: str
+    codes: Mapping[str, Codes]
+    means: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
+    errors: Mapping[str, float]
+    apart: tuple[str, ...]
+    num_images: int
+
+    def input_means(self) -> dict[str, Means]:
+        """Return ``means`` as tensors."""
+        return {name: Means(torch.tensor(value), torch.tensor(lost)) for name, (value, lost) in self.means.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it as JSON to ``path``, whose folder must exist."""
+        path = Path(path)
+        path.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: If something else is there.
+        """
+        try:
+            read = json.loads(Path(path).read_text(encoding="utf-8"))
+            if read.pop("format") != _FORMAT:
+                raise KeyError("format")
+            codes = {name: Codes(float(scale), int(zero)) for name, (scale, zero) in read.pop("codes").items()}
+            means = {name: (tuple(value), tuple(lost)) for name, (value, lost) in read.pop("means").items()}
+            return cls(codes=codes, means=means, apart=tuple(read.pop("apart")), **read)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: must be what Calibration.save wrote, got something else ({error!r}); calibrate anew and save"
+            ) from None
+
+
+class Observer:
+    """Stands in for a backbone's method while calibration images pass: computes in floats and counts.
+
+    Args:
+        root: The backbone.
+    """
+
+    def __init__(self, root: Backbone) -> None:
+        self.root = root
+        self.network = trace(root)
+        self.apart: set[str] = set()
+        self.num_images = 0
+        self._named, self._inputs = _named(self.network), {step.x for step in self.network.convs()}
+        self._pixels: dict[str, int] = {}
+        self._sums: dict[str, Any] = {}
+        self._histograms: dict[str, Histogram] = {}
+        self._kept: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Any:  # noqa: ANN401
+        """Images (N, C, H, W) -> what the backbone makes of them."""
+        require_images(images, input_channels(self.root))
+        self._require_same_shapes(images)
+        values = self._run(images, self._count)
+        self.num_images += len(images)
+        missing = _KEPT_IMAGES - sum(map(len, self._kept))
+        if missing > 0:
+            self._kept.append(images[:missing].detach().clone())
+        return filled(self.network.result, values.__getitem__)
+
+    def calibration(self) -> Calibration:
+        """Return what was seen."""
+        codes = {name: histogram.codes() for name, histogram in self._histograms.items()}
+        for step in self.network.steps:
+            if isinstance(step, Pool):
+                codes[step.out] = codes[step.x]  # a maximum of codes is the code of the maximum
+        means = self._means(codes)
+        return Calibration(
+            self.network.fingerprint,
+            codes,
+            {name: (_numbers(of.value), _numbers(of.lost)) for name, of in means.items()},
+            self._errors(codes, means),
+            tuple(sorted(self.apart)),
+            self.num_images,
+        )
+
+    def _count(self, name: str, values: dict[str, Any]) -> None:
+        if name not in self._named:
+            return
+        value = values[name]
+        if not self._histograms.setdefault(name, Histogram()).add(value):
+            what = "the images" if name == self.network.images else f"the output of {name}"
+            raise ValueError(
+                f"calibration must give finite numbers, got NaN or infinity in {what} after {self.num_images} images; "
+                f"check the images and the weights"
+            )
+        if name in self._inputs:
+            self._pixels[name] = self._pixels.get(name, 0) + value.numel() // value.shape[1]
+            self._sums[name] = self._sums.get(name, 0) + value.float().sum((0, 2, 3))
+
+    def _run(self, images: Tensor, see: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+        """Compute in floats and show every value, with those that are still there: its inputs are."""
+        last_read = {name: step.out for step in self.network.steps for name in step.reads()}
+        kept = set(names_in(self.network.result))
+        values: dict[str, Any] = {self.network.images: images}
+        see(self.network.images, values)
+        for step in self.network.steps:
+            if isinstance(step, Conv):
+                residual = None if step.residual is None else values[step.residual]
+                values[step.out] = in_floats(step, values[step.x], residual)
+            elif isinstance(step, Pool):
+                values[step.out] = step.module(values[step.x])
+            else:
+                assert isinstance(step, Call)
+                values[step.out] = step.run(values.__getitem__)
+            see(step.out, values)
+            for name in set(step.reads()) - kept:
+                if last_read[name] == step.out:
+                    del values[name]
+        return values
+
+    def _require_same_shapes(self, images: Tensor) -> None:
+        """Take sums of different shapes apart from their convolutions, once."""
+        if self.num_images:
+            return
+        apart: set[str] = set()
+        adding = {step.out: step for step in self.network.convs() if step.residual is not None}
+
+        def see(name: str, values: dict[str, Any]) -> None:
+            step = adding.get(name)
+            if step is not None and step.module(values[step.x]).shape != values[str(step.residual)].shape:
+                apart.add(str(step.addition))
+
+        self._run(images, see)
+        if apart - self.apart:
+            self.apart |= apart
+            self.network = trace(self.root, frozenset(self.apart))
+            self._named, self._inputs = _named(self.network), {step.x for step in self.network.convs()}
+            self._require_same_shapes(images)  # the other side's convolution may take the sum along now
+
+    def _means(self, codes: Mapping[str, Codes]) -> dict[str, Means]:
+        """Return the mean of each convolution's input, and what codes lose of it on the images that were kept."""
+        inputs = {step.x for step in self.network.convs()}
+        lost: dict[str, Tensor] = {}
+        for images in self._kept:
+
+            def see(name: str, values: dict[str, Any], weight: float = len(images) / sum(map(len, self._kept))) -> None:
+                if name in inputs:
+                    value = values[name]
+                    of_value = (value - decode(encode(value, codes[name]), codes[name])).mean((0, 2, 3)) * weight
+                    lost[name] = lost.get(name, torch.zeros_like(of_value)) + of_value
+
+            self._run(images, see)
+        return {name: Means(self._sums[name] / self._pixels[name], lost[name]) for name in sorted(inputs)}
+
+    def _errors(self, codes: Mapping[str, Codes], means: Mapping[str, Means]) -> dict[str, float]:
+        """Return the error of each convolution on the images that were kept."""
+        squares: dict[str, list[float]] = {}
+        convs = {step.out: step for step in self.network.convs()}
+
+        def see(name: str, values: dict[str, Any]) -> None:
+            step = convs.get(name)
+            if step is None:
+                return
+            exact = values[name].float()
+            error = _written(step, values, codes, means[step.x]) - exact
+            of_step = squares.setdefault(step.path, [0.0, 0.0])
+            of_step[0] += float(error.double().square().sum())
+            of_step[1] += float(exact.double().square().sum())
+
+        for images in self._kept:
+            self._run(images, see)
+        return {path: math.sqrt(wrong / right) if right else 0.0 for path, (wrong, right) in squares.items()}
+
+
+def _named(network: Network) -> set[str]:
+    """Return the values that may be written in 8 bits."""
+    names = {network.images}
+    for step in network.steps:
+        if isinstance(step, Conv):
+            names |= {step.x, step.out, step.residual or step.x}
+        elif isinstance(step, Pool):
+            names.add(step.x)
+    return names
+
+
+def _numbers(values: Tensor) -> tuple[float, ...]:
+    """Return the seven digits that float32 has."""
+    return tuple(float(f"{value:.7g}") for value in values.tolist())
+
+
+def _written(step: Conv, values: Mapping[str, Tensor], codes: Mapping[str, Codes], means: Means) -> Tensor:
+    """Return the output of ``step`` with its exact inputs, its weight and its output in 8 bits."""
+
+    def rounded(name: str) -> Tensor:
+        return decode(encode(values[name], codes[name]), codes[name])
+
+    weight = int8_weight(step.module.weight, step.module.bias, step.module.groups, means)  # type: ignore[arg-type]
+    x = padded(step.module, rounded(step.x), 0)
+    out = F.conv2d(x, weight.floats(), weight.bias, *step.module.geometry)
+    out = after(out, None if step.residual is None else rounded(step.residual), step.act)
+    return decode(encode(out, codes[step.out]), codes[step.out])
+
+
+def calibrate(model: nn.Module, root: Backbone, batches: Iterable[Any]) -> Calibration:
+    """Let ``model`` see ``batches`` and return what its backbone ``root`` showed.
+
+    Args:
+        model: An inference copy, in floats.
+        root: The backbone in it.
+        batches: Images as ``model`` takes them.
+
+    Raises:
+        ValueError: If there is none, one is not what the model takes, or a number is not finite.
+    """
+    from rich.progress import track  # where nobody calibrates it is not needed
+
+    from backbone.console import errors
+
+    observer = Observer(root)
+    for step in observer.network.convs():
+        if not all(torch.isfinite(each).all() for each in step.module.parameters()):
+            raise ValueError(
+                f"weights must be finite to be written in 8 bits, got NaN or infinity in {step.path}; load others"
+            )
+    with ExitStack() as stack, torch.inference_mode():
+        setattr(root, root.traced_method, observer)
+        stack.callback(delattr, root, root.traced_method)
+        shown = track(batches, "calibrating", console=errors, transient=True, disable=not errors.is_terminal)
+        for number, batch in enumerate(shown):
+            try:
+                model(**batch) if isinstance(batch, Mapping) else model(batch)
+            except (TypeError, RuntimeError, IndexError, AttributeError, KeyError) as error:
+                raise ValueError(
+                    f"calibration must give batches as {type(model).__name__} takes them, got {_told(batch)} as batch "
+                    f"{number}: {' '.join(str(error).split())[:200]}"
+                ) from error
+        if not observer.num_images:
+            raise ValueError(
+                "calibration must give at least one batch of images, got none; a generator gives them once: make it "
+                "anew, or give a list"
+            )
+        return observer.calibration()
+
+
+def _told(batch: object) -> str:
+    return f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__

@@ -1,0 +1,210 @@
+"""A backbone that computes in 8 bits: what stands in for its method, and when its modules are called instead."""
+
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from backbone.engine import switch
+from backbone.engine.calls import has_hook, is_watched, needs_grad
+from backbone.engine.int8 import has_int8, why_no_int8
+from backbone.engine.torch_internals import is_any_hooked
+from backbone.features import Backbone, input_channels, require_images
+from backbone.inference.int8.calibration import Calibration, calibrate
+from backbone.inference.int8.kernel import IN_INT8, Int8Conv2d
+from backbone.inference.int8.program import Program
+from backbone.inference.int8.tracing import Network, fold_by_flow, trace
+
+_UNFOLDED: Final = ("LayerNorm", "GroupNorm", "RmsNorm", "RMSNorm", "InstanceNorm")
+CalibrationSource: TypeAlias = Calibration | str | os.PathLike[str] | Iterable[Any]
+"""Batches of images, or the ranges they gave, or a file of these."""
+
+_turn: Final = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """What one convolution computes in.
+
+    Attributes:
+        name: Its path in the backbone.
+        dtype: torch.int8, or the dtype it had.
+        error: What 8 bits cost it on the calibration images: the root of the mean squared error of its output for exact
+            inputs, in units of the output's root mean square.
+    """
+
+    name: str
+    dtype: torch.dtype
+    error: float
+
+
+class Int8Method:
+    """Stands in for the method of ``root`` that calls its modules, as an attribute of that name.
+
+    It computes in 8 bits by oneDNN. Where that cannot run, and where the engine is off, the same arithmetic runs in
+    float32. The modules are called, in floats, where somebody watches them: in a trace or an export, with hooks within,
+    where a gradient of the images is needed.
+
+    Args:
+        root: The backbone.
+        calibration: The ranges of its values.
+        choices: What its convolutions compute in.
+    """
+
+    def __init__(
+        self, root: Backbone, network: Network, calibration: Calibration, choices: tuple[LayerChoice, ...]
+    ) -> None:
+        self.root, self.network, self.calibration, self.choices = root, network, calibration, choices
+        self._program: Program | None = None
+        self._modules = [(module, dict(module._modules)) for module in root.modules()]
+        self._inner = [module for module in root.modules() if module is not root]
+
+    def __call__(self, images: Tensor) -> Any:  # noqa: ANN401
+        """Images (N, C, H, W) -> what the method returns, in float32.
+
+        Raises:
+            RuntimeError: If a module of the backbone was replaced since; weights may change.
+        """
+        root = self.root
+        if is_watched(images) or needs_grad(images) or is_any_hooked(self._inner):
+            return getattr(type(root), root.traced_method)(root, images)
+        require_images(images, input_channels(root))
+        for module, children in self._modules:
+            if module._modules != children:
+                raise RuntimeError(
+                    f"the modules of {type(root).__name__} must stay those that were calibrated, got others in "
+                    f"{type(module).__name__} (weights may change); call optimize_for_inference on the changed model"
+                )
+        return self._ready().run(images, kernels=switch.is_on() and has_int8() and images.device.type == "cpu")
+
+    @property
+    def __code__(self) -> CodeType:
+        """What torch.export looks at in a method, to name its arguments."""
+        return type(self).__call__.__code__
+
+    def _ready(self) -> Program:
+        """Return the program, made at the first call."""
+        if self._program is None:
+            with _turn:
+                in_int8 = frozenset(choice.name for choice in self.choices if choice.dtype == torch.int8)
+                self._program = self._program or Program(
+                    self.network, self.calibration.codes, self.calibration.input_means(), in_int8
+                )
+        return self._program
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the program, which is made again."""
+        return {**self.__dict__, "_program": None}
+
+
+def int8_methods(model: nn.Module) -> list[Int8Method]:
+    """Return what stands in for methods in ``model``."""
+    return [each for module in model.modules() for each in vars(module).values() if isinstance(each, Int8Method)]
+
+
+def in_floats_again(model: nn.Module) -> None:
+    """Turn what computes in 8 bits in ``model`` into an inference copy in floats, in place."""
+    for method in int8_methods(model):
+        delattr(method.root, method.root.traced_method)
+    for module in model.modules():
+        if isinstance(module, Int8Conv2d):
+            module.plain_again()
+
+
+def compute_in_int8(
+    model: nn.Module, calibration: CalibrationSource | None, max_error: float, keep_weights: bool
+) -> tuple[Int8Method, int]:
+    """Let the backbone in ``model`` compute in 8 bits, in place.
+
+    Args:
+        model: An inference copy in floats: a backbone, or what holds one.
+        calibration: Batches of images as ``model`` takes them, or what earlier ones showed, or a file of that.
+        max_error: Largest error of a convolution that computes in 8 bits.
+        keep_weights: Whether plain weights stay beside those in 8 bits.
+
+    Returns:
+        What stands in for the backbone's method, and how many norms were folded on the way.
+
+    Raises:
+        ValueError: If the network or its calibration does not suit.
+    """
+    if not max_error > 0:
+        raise ValueError(f"max_error must be above 0, got {max_error}; 0.1 keeps layers that lose a tenth in floats")
+    if calibration is None:
+        raise ValueError(
+            "dtype=torch.int8 needs calibration: 50 to 300 images in batches as the model takes them, or a Calibration "
+            "of the same network; got None"
+        )
+    if isinstance(calibration, str | os.PathLike):
+        calibration = Calibration.load(calibration)
+    if isinstance(calibration, Tensor) or not isinstance(calibration, Calibration | Iterable):
+        raise ValueError(
+            f"calibration must be an iterable of batches, got a {type(calibration).__name__}; give [batch, ...]"
+        )
+    root = _root_of(model)
+    if hooked := [name for name, child in root.named_modules() if child is not root and has_hook(child)]:
+        raise ValueError(
+            f"dtype=torch.int8 needs modules that nobody watches, got hooks on {', '.join(hooked[:3])}; remove them"
+        )
+    folded = fold_by_flow(root, keep_weights)
+    _require_foldable(root)
+    if not isinstance(calibration, Calibration):
+        calibration = calibrate(model, root, calibration)
+    network = trace(root, frozenset(calibration.apart))
+    if network.fingerprint != calibration.fingerprint:
+        raise ValueError(
+            f"calibration must be of the same network, got that of another ({calibration.fingerprint} in place of "
+            f"{network.fingerprint}); calibrate this one by images"
+        )
+    choices = _choose(network, calibration, max_error)
+    in_int8 = {choice.name for choice in choices if choice.dtype == torch.int8}
+    for step in network.convs():
+        if step.path in in_int8 and type(step.module) in IN_INT8:  # once, if it is called more than once
+            step.module.__class__ = IN_INT8[type(step.module)]
+    method = Int8Method(root, network, calibration, choices)
+    setattr(root, root.traced_method, method)
+    if not has_int8():
+        warnings.warn(
+            f"8-bit convolutions do not run here, the copy computes the same by float32, slower than a float copy: "
+            f"{why_no_int8()}",
+            stacklevel=3,
+        )
+    return method, folded
+
+
+def _choose(network: Network, calibration: Calibration, max_error: float) -> tuple[LayerChoice, ...]:
+    choices = []
+    for step in network.convs():
+        error = calibration.errors[step.path]
+        dtype = torch.int8 if error <= max_error else step.module.bias.dtype  # type: ignore[union-attr]
+        choices.append(LayerChoice(step.path, dtype, error))
+    return tuple(choices)
+
+
+def _root_of(model: nn.Module) -> Backbone:
+    """Return the only backbone in ``model``."""
+    found = [module for module in model.modules() if isinstance(module, Backbone) and module.adopted is None]
+    if len(found) != 1:
+        raise ValueError(
+            f"dtype=torch.int8 needs one backbone of this package in the model, got {len(found)} in "
+            f"{type(model).__name__}; give a model whose backbone comes from build_backbone"
+        )
+    device = next(found[0].parameters()).device
+    if device.type != "cpu":
+        raise ValueError(f"dtype=torch.int8 is for CPUs, got a model on {device}; move it first, or use float16")
+    return found[0]
+
+
+def _require_foldable(root: Backbone) -> None:
+    for name, module in root.named_modules():
+        if any(kind in type(module).__name__ for kind in _UNFOLDED):
+            raise ValueError(
+                f"dtype=torch.int8 needs norms that fold into convolutions, got {type(module).__name__} at {name}, "
+                f"which depends on its input and would turn codes into floats and back; use dtype=torch.bfloat16"
+            )

@@ -1,0 +1,57 @@
+"""How close an int8 copy's features are to floats: cosines by level, on photos that calibrated nothing.
+
+    python tools/check_int8.py --name resnet50 --weights resnet50.pth --photos folder
+
+A fifth of the photos is compared; random crops of the others, 100 in all, are the calibration.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from backbone import BackboneConfig, build_backbone, optimize_for_inference
+
+CROPS = 100
+SIDE = 320  # pixels of the shorter side
+
+
+def crop(image: Image.Image, chance: np.random.Generator) -> Image.Image:
+    """Return a square of half the photo's shorter side or more."""
+    side = int(chance.integers(min(image.size) // 2, min(image.size) + 1))
+    left, top = (int(chance.integers(0, length - side + 1)) for length in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
+def main(
+    photos: Annotated[Path, typer.Option(help="Folder of photos, five or more.")],
+    name: Annotated[str, typer.Option()] = "resnet50",
+    weights: Annotated[str | None, typer.Option()] = None,
+    max_error: Annotated[float, typer.Option()] = 0.1,
+) -> None:
+    """Calibrate on some photos and compare on others."""
+    images = [Image.open(path).convert("RGB") for path in sorted(photos.iterdir())]
+    model = build_backbone(BackboneConfig(name=name, weights=weights)).eval()
+    transforms, chance = model.transforms(resize=SIDE), np.random.default_rng(0)
+    compared, others = images[::5], [image for number, image in enumerate(images) if number % 5]
+    shown = [transforms([crop(others[number % len(others)], chance)]).images for number in range(CROPS)]
+    fast: Any = optimize_for_inference(model, dtype=torch.int8, calibration=shown, max_error=max_error)
+    print(fast.optimization)
+    cosines: dict[str, list[float]] = {}
+    for image in compared:
+        batch: Tensor = transforms([image]).images
+        with torch.inference_mode():
+            exact, written = model(batch), fast(batch)
+        for level, expected in exact.items():
+            pair = expected.flatten().double(), written[level].flatten().double()
+            cosines.setdefault(level, []).append(float(torch.cosine_similarity(*pair, 0)))
+    for level, found in cosines.items():
+        print(f"{level}: mean {np.mean(found):.5f}, least {min(found):.5f}, of {len(found)} photos")
+
+
+if __name__ == "__main__":
+    typer.run(main)
