@@ -65,7 +65,7 @@ def is_watched(x: Tensor) -> bool:
     """Whether modules must be called, be the engine on or off, for a tool would notice."""
     return (
         torch.compiler.is_compiling()
-        or type(x) not in (Tensor, nn.Parameter)
+        or not is_plain(x)
         or not torch_internals.LOOKS_AT_CALLS
         or x.device.type not in ("cpu", "cuda")
         or x.numel() == 0

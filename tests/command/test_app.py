@@ -99,7 +99,7 @@ def test_a_detectors_recipe_gives_extract_its_backbone(tmp_path: Path) -> None:
 
 
 def test_a_note_is_printed_letter_by_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(settings: Any, recipe: Any) -> Any:
+    def build(settings: Any) -> Any:
         raise ValueError("[dog] :smile: [/b]")
 
     (tmp_path / "a.png").write_text("")
