@@ -646,3 +646,38 @@ def test_a_block_called_by_hand_keeps_nan(kind: str) -> None:
     assert expected.isnan().any()
     for _ in range(3):
         assert torch.equal(block(x).isnan(), expected.isnan())
+
+
+@pytest.mark.engine
+@torch.no_grad()
+def test_a_folded_weight_that_overflows_leaves_the_stem_to_its_modules() -> None:
+    model = build("resnet18", norm="frozen_bn").eval()
+    stem: Any = model
+    stem.bn1.weight.fill_(3000.0)
+    stem.conv1.weight.uniform_(-60, 60)
+    model.half()
+    images = IMAGES.half() * 1e-4
+    with engine_enabled(False):
+        expected = model(images)
+    for name, features in model(images).items():
+        assert features.isfinite().all()
+        assert relative_error(features, expected[name]) <= 2e-2
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_default_device_is_not_that_of_what_is_looked_at(needs_grad: bool) -> None:
+    model = build("resnet18", norm="frozen_bn").eval()
+    with torch.set_grad_enabled(needs_grad), torch.device("meta"):
+        found = model(IMAGES)
+    with engine_enabled(False):
+        assert relative_error(found["c5"], model(IMAGES)["c5"]) <= 1e-5
+
+
+def test_a_retained_graph_goes_backward_twice_through_checkpoints() -> None:
+    model = build("resnet18", checkpoint_stages=["c2", "c3"]).train()
+    loss = model(IMAGES)["c5"].mean()
+    loss.backward(retain_graph=True)
+    statistics: Any = model
+    before = statistics.layer1[0].bn1.running_mean.clone()
+    loss.backward()
+    assert torch.equal(statistics.layer1[0].bn1.running_mean, before)

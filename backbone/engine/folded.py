@@ -100,7 +100,7 @@ class FoldedConv2d(nn.Conv2d):
         self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False, reuse_residual: bool = False
     ) -> Tensor:
         """Return ``relu(conv(x) + bias + residual)`` in the dtype of the weight, for what ``takes`` accepts."""
-        with nullcontext() if self.keep_weight else _turn:
+        with nullcontext() if self.keep_weight else turn:
             weight: Tensor | None = self._parameters.get("weight")
             bias: Tensor | None = self._parameters.get("bias")
             if weight is None or bias is None:
@@ -117,7 +117,7 @@ class FoldedConv2d(nn.Conv2d):
 
     def is_finite(self) -> bool:
         """Whether weight and bias are finite; of what is prepared it is known."""
-        with nullcontext() if self.keep_weight else _turn:
+        with nullcontext() if self.keep_weight else turn:
             weight: Tensor | None = self._parameters.get("weight")
             bias: Tensor | None = self._parameters.get("bias")
             if weight is None or bias is None:
@@ -210,7 +210,7 @@ class FoldedConv2d(nn.Conv2d):
 
     def _restore(self) -> None:
         """Have the plain weight again, and nothing prepared."""
-        with _turn:
+        with turn:
             if self._is_packed_only():
                 with torch.inference_mode(False):
                     self._parameters["weight"] = nn.Parameter(self._unpacked(), requires_grad=False)
@@ -225,9 +225,10 @@ class FoldedConv2d(nn.Conv2d):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._is_packed_only():
-            destination[f"{prefix}weight"] = self._unpacked()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with turn:
+            if self._is_packed_only():
+                destination[f"{prefix}weight"] = self._unpacked()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         if name == "weight" and self._is_packed_only():
@@ -241,11 +242,11 @@ class FoldedConv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is prepared, which can be neither copied nor pickled."""
-        state = {**self.__dict__, "_prepared": None, "_passed_over": 0}
-        if self._is_packed_only():
-            weight = nn.Parameter(self._unpacked(), requires_grad=False)
-            state["_parameters"] = {"weight": weight, **self._parameters}
-        return state
+        with turn:
+            parameters = dict(self._parameters)
+            if self._is_packed_only():
+                parameters = {"weight": nn.Parameter(self._unpacked(), requires_grad=False), **parameters}
+            return {**self.__dict__, "_prepared": None, "_passed_over": 0, "_parameters": parameters}
 
 
 def _values(sources: Sequence[Tensor]) -> tuple[object, ...]:
@@ -257,7 +258,7 @@ def _is_captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-_turn: Final = threading.RLock()
+turn: Final = threading.RLock()
 """Whose turn it is to drop a plain weight, have it again, or find one of the two."""
 
 _holders: WeakSet[FoldedConv2d] = WeakSet()

@@ -4,6 +4,7 @@ Autograd on its own would save a copy of every folded weight, or an activation m
 and scale is made in forward, dropped, and made again in backward; the gradient of the weight is that of the product
 times the scale. Where scale and shift train (``norm: bn_eval``), no norm's input is kept for them either. The gradient
 of a channel's scale is that of the product times the weight, summed; that of its shift is the output's, summed.
+Where autograd would refuse a norm edited in place between forward and backward, the gradients are the forward's.
 """
 
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def _scales_and_shifts(
 
     def compute() -> tuple[Tensor, ...]:
         pairs = [norm.scale_and_shift() for norm in norms]
-        finite = torch.tensor(is_finite(*(constant for pair in pairs for constant in pair)))
+        finite = torch.tensor(is_finite(*(constant for pair in pairs for constant in pair)), device="cpu")
         return (finite, *(scale for scale, _ in pairs), *(shift.to(dtype) for _, shift in pairs))
 
     if len(frozen) == len(norms):

@@ -299,7 +299,7 @@ def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> _Folded:
 
     def compute() -> tuple[Tensor, ...]:
         weight, bias = fold(conv, norm, x)
-        finite = torch.tensor(is_finite(weight, bias))
+        finite = torch.tensor(is_finite(weight, bias), device="cpu")
         return weight if x.device.type == "cpu" else pack(weight, Geometry.of(conv), x), bias, finite
 
     return _Folded(*unless_changed([norm], [conv.weight], FOLDED_WEIGHT, x.dtype, compute))

@@ -43,26 +43,32 @@ def stem(images: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module, pool:
         dtype = conv.bias.dtype if isinstance(conv, FoldedConv2d) else compute_dtype(images)  # type: ignore[union-attr]
         batch, height, width, channels = len(images), images.shape[2] // 2, images.shape[3] // 2, conv.out_channels
         bands = plan_bands(batch, height, width, channels, dtype.itemsize)
-    if bands is None:
-        features = conv_norm_act(images, conv, norm, act=act)
-        return None if features is None else pool(features)
-    out = images.new_empty(batch, height // 2, width // 2, channels, dtype=dtype).permute(0, 3, 1, 2)
-    for part, pooled in zip(torch.split(images, bands.images), torch.split(out, bands.images), strict=True):
-        _in_bands(part, conv, norm, act, bands.rows, pooled)
-    return out
+    if bands is not None:
+        out = images.new_empty(batch, height // 2, width // 2, channels, dtype=dtype).permute(0, 3, 1, 2)
+        parts = zip(torch.split(images, bands.images), torch.split(out, bands.images), strict=True)
+        if all(_in_bands(part, conv, norm, act, bands.rows, pooled) for part, pooled in parts):
+            return out
+    features = conv_norm_act(images, conv, norm, act=act)
+    return None if features is None else pool(features)
 
 
-def _in_bands(images: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module, rows: int, out: Tensor) -> None:
-    """Write the stem of ``images`` to ``out`` (N, C, H / 4, W / 4), some rows of the tensor between at a time."""
+def _in_bands(images: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module, rows: int, out: Tensor) -> bool:
+    """Write the stem of ``images`` to ``out`` (N, C, H / 4, W / 4), some rows of the tensor between at a time.
+
+    Returns:
+        Whether that was done: False where the folded weight is not finite.
+    """
     above, height = None, images.shape[2] // 2
     for start in range(0, height, rows):
         stop, spoilt = min(start + rows, height), min(start, _SPOILT)
         features = conv_norm_act(images[:, :, 2 * (start - spoilt) : 2 * (stop + 1)], conv, norm, act=act)
-        assert features is not None
+        if features is None:
+            return False
         features = features[:, :, spoilt : spoilt + stop - start]
         _max_pool(features, above, out[:, :, start // 2 : stop // 2])
         above = features[:, :, -1:].clone()
         del features  # the next band may take its memory
+    return True
 
 
 def plan_bands(batch: int, height: int, width: int, channels: int, itemsize: int) -> Bands | None:

@@ -497,6 +497,7 @@ def test_the_original_stays_and_a_float_copy_can_be_made_of_an_int8_one() -> Non
 
 @needs_int8
 @torch.no_grad()
+@pytest.mark.engine
 def test_without_plain_weights_a_copy_holds_a_quarter() -> None:
     model, images = trained("resnet50"), batches()[0]
     beside = in_int8(model)
@@ -660,3 +661,31 @@ def test_inside_torchvisions_detector() -> None:
     assert min(cosine(maps[name], wanted[name]) for name in wanted) > 0.99
     with pytest.raises(ValueError, match="batches as RetinaNet takes them, got dict as batch 0"):
         in_int8(detector, calibration=[{"pixel_values": batches()[0]}])
+
+
+@pytest.mark.engine
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["weight", "image"])
+def test_layers_that_stay_in_floats_keep_nan(where: str) -> None:
+    batches = [torch.randn(2, 3, 64, 64)] * 2
+    fast: Any = optimize_for_inference(
+        build("resnet18", norm="frozen_bn").eval(), dtype=torch.int8, calibration=batches, max_error=1e-4
+    )
+    images = batches[0].clone()
+    if where == "weight":
+        fast.conv1.weight[0, 0, 0, 0] = torch.nan
+    else:
+        images[0, 0, 20, 20] = torch.nan
+    found = fast(images)
+    with engine_enabled(False):
+        expected = fast(images)
+    assert expected["c2"].isnan().any()
+    assert all(torch.equal(found[name].isnan(), features.isnan()) for name, features in expected.items())
+
+
+def test_a_copy_that_is_trained_gets_its_gradients() -> None:
+    batches = [torch.randn(2, 3, 64, 64)]
+    fast = optimize_for_inference(build("resnet18").eval(), dtype=torch.int8, calibration=batches)
+    fast.requires_grad_(True)
+    fast(batches[0])["c5"].mean().backward()
+    assert all(parameter.grad is not None for parameter in fast.parameters())

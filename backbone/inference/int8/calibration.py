@@ -47,7 +47,10 @@ class Calibration:
 
     def input_means(self) -> dict[str, Means]:
         """Return ``means`` as tensors."""
-        return {name: Means(torch.tensor(value), torch.tensor(lost)) for name, (value, lost) in self.means.items()}
+        return {
+            name: Means(torch.tensor(value, device="cpu"), torch.tensor(lost, device="cpu"))
+            for name, (value, lost) in self.means.items()
+        }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as JSON to ``path``, whose folder must exist."""

@@ -1,6 +1,5 @@
 """A convolution of an int8 copy: its weight in 8 bits, made anew whenever the weight in floats has changed."""
 
-import threading
 from collections import OrderedDict
 from typing import Any, Final, NamedTuple
 
@@ -9,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.engine.calls import is_autocast
-from backbone.engine.folded import FoldedConv2d, _holders
+from backbone.engine.folded import FoldedConv2d, _holders, turn
 from backbone.engine.int8 import Activation, Codes, Int8Weight, Means, convolve, int8_weight, packed, quickest, simulate
 
 _MAX_SHAPES: Final = 8
-_turn: Final = threading.RLock()
 
 
 class Int8Conv2d(FoldedConv2d):
@@ -36,7 +34,7 @@ class Int8Conv2d(FoldedConv2d):
 
     def hold(self, weight: Int8Weight) -> None:
         """Hold ``weight``, and where plain weights are not kept nothing else."""
-        with _turn:
+        with turn:
             self._int8 = weight
             if not self.keep_weight:
                 self._parameters.pop("weight", None)
@@ -64,7 +62,7 @@ class Int8Conv2d(FoldedConv2d):
         return int8.restored().to(self.bias.dtype)  # type: ignore[union-attr]
 
     def _restore(self) -> None:
-        with _turn:
+        with turn:
             super()._restore()
             self._int8 = None
 
@@ -147,7 +145,7 @@ class Kernel:
         is_same = source is not None and source.weight is weight and source.bias is bias
         if is_same and source.values == _values(weight, bias):  # type: ignore[union-attr]
             return
-        with _turn, torch.inference_mode(False), torch.no_grad():
+        with turn, torch.inference_mode(False), torch.no_grad():
             self._packs.clear()
             self._once = None
             if "weight" not in module._parameters and module._int8 is not None:  # held by another call of this module
@@ -179,7 +177,7 @@ class Kernel:
 
     def _packed(self, x: Tensor, residual: Tensor | None) -> Int8Weight:
         """Return the weight in its kernel's layout; the best one is looked for once a shape comes again."""
-        with _turn, torch.inference_mode(False), torch.no_grad():
+        with turn, torch.inference_mode(False), torch.no_grad():
             weight = self._weight
             assert weight is not None
             if weight.values.layout is torch.strided:

@@ -72,7 +72,8 @@ class Int8Method:
             RuntimeError: If a module of the backbone was replaced since; weights may change.
         """
         root = self.root
-        if is_watched(images) or needs_grad(images) or is_any_hooked(self._inner):
+        trained = root.parameters() if torch.is_grad_enabled() else ()
+        if is_watched(images) or needs_grad(images, *trained) or is_any_hooked(self._inner):
             return getattr(type(root), root.traced_method)(root, images)
         require_images(images, input_channels(root))
         for module, children in self._modules:

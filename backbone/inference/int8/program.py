@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone.engine.calls import is_autocast, is_traced
+from backbone.engine.finite import is_finite
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.int8 import ACTIVATIONS, Activation, Codes, Means, decode, encode, max_pool
 from backbone.inference.int8.kernel import Int8Conv2d, Kernel
@@ -182,7 +183,8 @@ def _in_floats(step: Step) -> _Run:
 def in_floats(step: Conv, x: Tensor, residual: Tensor | None) -> Tensor:
     """Return what ``step`` computes, in floats."""
     conv, act = step.module, step.act
-    if type(conv) is FoldedConv2d and not is_traced(x) and conv.takes(x):
+    is_ours = type(conv) is FoldedConv2d and not is_traced(x) and conv.takes(x)
+    if is_ours and is_finite(x, residual) and conv.is_finite():  # the kernel's ReLU hides NaN
         out = conv.fused(x, residual if act in ("none", "relu") else None, relu=act == "relu")
         return out if act in ("none", "relu") else after(out, residual, act)
     return after(conv(x), residual, act)

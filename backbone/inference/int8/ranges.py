@@ -25,7 +25,7 @@ class Histogram:
     def __init__(self) -> None:
         self.low, self.high = math.inf, -math.inf
         self._top = 0.0  # the bins reach from -top to top
-        self._counts = torch.zeros(2 * _BINS, dtype=torch.float64)
+        self._counts = torch.zeros(2 * _BINS, dtype=torch.float64, device="cpu")
 
     def add(self, values: Tensor) -> bool:
         """Count ``values``, of any shape; return False, and count nothing, where some are not finite."""
@@ -50,10 +50,12 @@ class Histogram:
         if not self._counts.sum():
             return _codes(low, high)
         width = self._top / _BINS
-        centres = (torch.arange(2 * _BINS, dtype=torch.float64) - _BINS + 0.5) * width
+        centres = (torch.arange(2 * _BINS, dtype=torch.float64, device="cpu") - _BINS + 0.5) * width
         taken = self._counts > 0
         centres, counts = centres[taken].clamp(low, high), self._counts[taken]
-        cuts = [_codes(low * cut, high * cut) for cut in torch.linspace(1, _SMALLEST_CUT, _NUM_CUTS).tolist()]
+        cuts = [
+            _codes(low * cut, high * cut) for cut in torch.linspace(1, _SMALLEST_CUT, _NUM_CUTS, device="cpu").tolist()
+        ]
         return min(cuts, key=lambda codes: float((counts * _rounding_errors(centres, codes) ** 2).sum()))
 
     def _reach(self, peak: float) -> None:

@@ -1,7 +1,7 @@
 """The ResNet family, ResNet-D included: a stem and four planned stages, C2 to C5."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -294,21 +294,27 @@ def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
     """Run ``block`` so that backward recomputes its activations, without counting the batch twice in its norms."""
     if torch.compiler.is_compiling():  # the compiler drops the second update itself, and takes no contexts
         return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
-    contexts = lambda: (nullcontext(), _statistics_untouched(block))  # noqa: E731
+    contexts = lambda: (nullcontext(), _StatisticsUntouched(block))  # noqa: E731
     return checkpoint(block, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _statistics_untouched(block: nn.Module) -> Iterator[None]:
-    """Let training batch norms update copies of their running statistics, and give the originals back."""
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    originals = [norm._buffers for norm in norms]
-    for norm, buffers in zip(norms, originals, strict=True):
-        norm._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in buffers.items()}
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, originals, strict=True):
+class _StatisticsUntouched(AbstractContextManager[None]):
+    """Lets training batch norms update copies of their running statistics, and gives the originals back.
+
+    It may be entered again: a graph that is retained goes backward more than once.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._originals: list[dict[str, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._originals = [norm._buffers for norm in self._norms]
+        for norm, buffers in zip(self._norms, self._originals, strict=True):
+            norm._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+
+    def __exit__(self, *_: object) -> None:
+        for norm, buffers in zip(self._norms, self._originals, strict=True):
             norm._buffers = buffers
 
 
