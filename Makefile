@@ -87,9 +87,10 @@ $(MMDET)/test.stamp: pyproject.toml constraints.txt constraints-mmdet.txt
 		--editable '.[mmdet,timm]' mmcv-lite mmdet pytest pytest-xdist
 	touch $@
 
-# mmdetection, which wants an mmcv of its choice, in a .venv of its own.
+# mmdetection, which wants an mmcv of its choice, in a .venv of its own. mmengine leaves files open and asks pkg_resources.
 test-mmdet: $(MMDET)/test.stamp
-	$(MMDET)/bin/pytest $(PYTEST) tests/hosts/test_mmdetection.py tests/hosts/test_mmdetection_absent.py \
+	$(MMDET)/bin/pytest $(PYTEST) -W "ignore:pkg_resources is deprecated" -W ignore::ResourceWarning \
+		-W ignore::pytest.PytestUnraisableExceptionWarning tests/hosts/test_mmdetection.py tests/hosts/test_mmdetection_absent.py \
 		tests/hosts/test_matrix.py -k mmdet
 
 $(VENV)/docs.stamp: $(VENV)/core.stamp
