@@ -5,6 +5,7 @@ import itertools
 import logging
 import pickle
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -553,3 +554,26 @@ def test_autocast_is_honoured_around_an_optimised_model() -> None:
     fast = optimize_for_inference(trained(norm="frozen_bn"))
     with torch.autocast("cpu", torch.bfloat16):
         assert fast(torch.randn(1, 3, 64, 64))["c5"].dtype == torch.bfloat16
+
+
+@pytest.mark.engine
+@torch.no_grad()
+def test_a_state_dict_waits_for_a_weight_that_is_being_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = optimize_for_inference(build("resnet18").eval(), keep_weights=False)
+    images = torch.randn(1, 3, 64, 64)
+    model(images), model(images)
+    keys = list(model.state_dict())
+    conv, save = model.layer4[1].conv2, nn.Module._save_to_state_dict
+    assert conv.weight is not None  # who looks has it plain again
+    calls = []
+
+    def save_later(module: nn.Module, *args: Any) -> None:
+        if module is conv:
+            calls.append(threading.Thread(target=model, args=(images,)))
+            calls[0].start()
+            calls[0].join(0.5)  # another thread's call would pack it meanwhile
+        save(module, *args)
+
+    monkeypatch.setattr(nn.Module, "_save_to_state_dict", save_later)
+    assert sorted(model.state_dict()) == sorted(keys)
+    calls[0].join()
