@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gc
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,24 @@ def test_the_index_leads_to_the_features_of_each_photo(
                 "gem": values.double().clamp(min=1e-6).pow(3).mean((1, 2)).pow(1 / 3).float(),
             }[pool]
             torch.testing.assert_close(found[name][level], pooled, rtol=1e-5, atol=1e-5)
+
+
+def test_the_library_webdataset_reads_its_shards(photos: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    write(photos, tmp_path, format=ShardFormat.WEBDATASET, pool="avg")
+    shards = [str(shard) for shard in sorted(tmp_path.glob("*.tar"))]
+    assert len(shards) > 1
+    decoder = webdataset.handle_extension("safetensors", load)
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # the library leaves its files open
+        samples = webdataset.WebDataset(shards, shardshuffle=False).decode(decoder)
+        read = {sample["json"]["image"]: sample["safetensors"] for sample in samples}
+        del samples
+        gc.collect()
+    expected = dict(stored(tmp_path, "webdataset", "avg"))
+    assert read.keys() == expected.keys()
+    for name, features in read.items():
+        for level, values in expected[name].items():
+            assert torch.equal(features[level], values)
 
 
 @pytest.mark.parametrize(("format", "pool"), [("shards", "none"), ("shards", "avg"), ("webdataset", "none")])
