@@ -69,9 +69,10 @@ def test_levels_agree_with_pytorch_at_sizes_that_the_export_never_saw(
         assert relative_error(torch.from_numpy(actual[name]), level) < 1e-5
 
 
-def test_a_network_that_pads_its_images_gives_maps_of_sizes_rounded_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224", "tf_efficientnet_lite0"])
+def test_a_network_that_pads_its_images_gives_maps_of_sizes_rounded_up(name: str, tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="pip install 'backbone[timm]'")
-    model = backbone("timm/convnext_atto", norm="bn", out_features=("c2", "c3")).eval()
+    model = backbone(f"timm/{name}", norm="bn", out_features=("c2", "c3")).eval()
     export_model(model, tmp_path / "model.onnx")
     images = torch.rand(1, 3, 101, 64)
     with torch.no_grad():
@@ -177,13 +178,16 @@ FULL = {
     "onnx in int8": ("onnx", "model.onnx", "int8", 100_000),
     "openvino": ("openvino", "model.xml", "float32", 100_000),
     "torch-export": ("torch-export", "model.pt2", "float32", 100_000),
+    "aoti": ("aoti", "model.pt2", "float32", 100_000),
+    "executorch": ("executorch", "model.pte", "float32", 100_000),
 }
+NEEDS = {"openvino": "pip install 'backbone[export]'", "executorch": "pip install executorch"}
 
 
 @pytest.mark.parametrize(("to", "name", "dtype", "room"), FULL.values(), ids=FULL)
 def test_a_full_disk_is_one_line_and_leaves_nothing(to: str, name: str, dtype: str, room: int, tmp_path: Path) -> None:
-    if to == "openvino":
-        pytest.importorskip("openvino", reason="pip install 'backbone[export]'")
+    if to in NEEDS:
+        pytest.importorskip(to, reason=NEEDS[to])
     code = f"""
 import resource, signal, torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
