@@ -77,8 +77,8 @@ def test_a_network_that_pads_its_images_gives_maps_of_sizes_rounded_up(name: str
     images = torch.rand(1, 3, 101, 64)
     with torch.no_grad():
         expected = model(images)
-    for name, actual in run(tmp_path / "model.onnx", images.numpy()).items():
-        assert relative_error(torch.from_numpy(actual), expected[name]) < 1e-4
+    for level, actual in run(tmp_path / "model.onnx", images.numpy()).items():
+        assert relative_error(torch.from_numpy(actual), expected[level]) < 1e-4
 
 
 def test_axes_have_names_and_norms_are_folded(file: Path) -> None:
@@ -185,7 +185,9 @@ NEEDS = {"openvino": "pip install 'backbone[export]'", "executorch": "pip instal
 
 
 @pytest.mark.parametrize(("to", "name", "dtype", "room"), FULL.values(), ids=FULL)
-def test_a_full_disk_is_one_line_and_leaves_nothing(to: str, name: str, dtype: str, room: int, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    to: str, name: str, dtype: str, room: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     if to in NEEDS:
         pytest.importorskip(to, reason=NEEDS[to])
     code = f"""
@@ -205,7 +207,11 @@ else:
     raise SystemExit("it fitted")
 """
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, *sys.path)))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, *sys.path))),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),  # what is half written must not be found
+    }
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
     assert list(tmp_path.iterdir()) == []
 
