@@ -63,6 +63,7 @@ SLOW = {
     "export/test_export_parts.py::test_fixed_shapes_find_what_torchvision_finds",
     "export/test_export_parts.py::test_a_network_that_pads_its_images_is_traced_for_sizes_that_need_it_and_for_those_that_do_not",
     "export/test_files.py",
+    "export/test_padding.py::test_networks_that_pad_within_are_traced_for_any_size_in_sizes_that_stay_short",
     "export/test_int8_files.py",
     "export/test_transformers_files.py",
     "extraction/test_hostile.py::test_a_file_that_ends_its_process_costs_itself_alone",

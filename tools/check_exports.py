@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- exports: begin -->", "<!-- exports: end -->")
 TARGETS = ("onnx", "openvino")
 DECIDING = (
-    *(f"export/{name}.py" for name in ("affine", "folding", "network", "onnx", "openvino", "resizing", "tracing")),
+    *(
+        f"export/{name}.py"
+        for name in ("affine", "folding", "network", "onnx", "openvino", "padding", "resizing", "tracing")
+    ),
     "export/detection/*.py",
     "providers/**/*.py",
 )

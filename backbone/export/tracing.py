@@ -10,6 +10,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 
 from backbone.export.folding import fold_norms
 from backbone.export.network import Network
+from backbone.export.padding import cancelling_sizes
 from backbone.export.quiet import quiet
 from backbone.export.request import Request
 from backbone.export.resizing import AntialiasingAsProducts
@@ -51,7 +52,7 @@ def trace(network: Network, request: Request) -> Traced:
     resizing = AntialiasingAsProducts() if request.to in ("onnx", "openvino") else nullcontext()
     # Without the patch the question whether a cropped map is contiguous would fix the image's size.
     any_contiguity = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined] # a config module's
-    with quiet(), torch.no_grad(), any_contiguity, resizing:
+    with quiet(), torch.no_grad(), any_contiguity, resizing, cancelling_sizes():
         try:
             program = torch.export.export(network.module, inputs, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, torch._dynamo.exc.UserError) as error:

@@ -18,8 +18,8 @@ from backbone.export.request import DEFAULT_OPSET, DType, Request, Target
 from backbone.export.tracing import Traced, trace
 from backbone.weights.writing import put_in_place
 
-_DISK_FAILURES: Final = ("iostream error", "No space left", "File too large", "Can't open")
-"""What libraries say that raise no OSError."""
+_DISK_FAILURES: Final = ("iostream error", "No space left", "File too large", "File size limit exceeded", "Can't open")
+"""What libraries and compilers say that raise no OSError."""
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,11 @@ def write_draft(
     except OSError as error:
         raise OSError(error.errno, f"{request.path}: cannot be written ({error.strerror or error})") from error
     except RuntimeError as error:
-        if any(word in str(error) for word in _DISK_FAILURES):
-            raise OSError(f"{request.path}: cannot be written ({' '.join(str(error).split())[:200]})") from error
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{request.to} cannot express this model: {reason}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        for line in lines:
+            if any(word in line for word in _DISK_FAILURES):
+                raise OSError(f"{request.path}: cannot be written ({line[:200]})") from error
+        raise ValueError(f"{request.to} cannot express this model: {lines[0]}") from error
 
 
 def _put_in_place(draft: Path, path: Path) -> None:

@@ -65,6 +65,7 @@ MODELS: Final[Mapping[str, Callable[[], nn.Module]]] = {
     "resnext50_32x4d": lambda: backbone("resnext50_32x4d"),
     "timm/convnext_atto": lambda: backbone("timm/convnext_atto", norm="bn"),
     "timm/swin_tiny_patch4_window7_224": lambda: backbone("timm/swin_tiny_patch4_window7_224", norm="bn"),
+    "timm/tf_efficientnet_lite0": lambda: backbone("timm/tf_efficientnet_lite0"),
     "timm/efficientnet_b0": lambda: backbone("timm/efficientnet_b0"),
     "timm/regnetx_002": lambda: backbone("timm/regnetx_002"),
     "timm/mobilenetv3_small_100": lambda: backbone("timm/mobilenetv3_small_100"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -69,15 +70,16 @@ def test_levels_agree_with_pytorch_at_sizes_that_the_export_never_saw(
         assert relative_error(torch.from_numpy(actual[name]), level) < 1e-5
 
 
-def test_a_network_that_pads_its_images_gives_maps_of_sizes_rounded_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224", "tf_efficientnet_lite0"])
+def test_a_network_that_pads_its_images_gives_maps_of_sizes_rounded_up(name: str, tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="pip install 'backbone[timm]'")
-    model = backbone("timm/convnext_atto", norm="bn", out_features=("c2", "c3")).eval()
+    model = backbone(f"timm/{name}", norm="bn", out_features=("c2", "c3")).eval()
     export_model(model, tmp_path / "model.onnx")
     images = torch.rand(1, 3, 101, 64)
     with torch.no_grad():
         expected = model(images)
-    for name, actual in run(tmp_path / "model.onnx", images.numpy()).items():
-        assert relative_error(torch.from_numpy(actual), expected[name]) < 1e-4
+    for level, actual in run(tmp_path / "model.onnx", images.numpy()).items():
+        assert relative_error(torch.from_numpy(actual), expected[level]) < 1e-4
 
 
 def test_axes_have_names_and_norms_are_folded(file: Path) -> None:
@@ -177,13 +179,20 @@ FULL = {
     "onnx in int8": ("onnx", "model.onnx", "int8", 100_000),
     "openvino": ("openvino", "model.xml", "float32", 100_000),
     "torch-export": ("torch-export", "model.pt2", "float32", 100_000),
+    "aoti": ("aoti", "model.pt2", "float32", 100_000),
+    "executorch": ("executorch", "model.pte", "float32", 100_000),
 }
+NEEDS = {"openvino": "pip install 'backbone[export]'", "executorch": "pip install executorch"}
 
 
 @pytest.mark.parametrize(("to", "name", "dtype", "room"), FULL.values(), ids=FULL)
-def test_a_full_disk_is_one_line_and_leaves_nothing(to: str, name: str, dtype: str, room: int, tmp_path: Path) -> None:
-    if to == "openvino":
-        pytest.importorskip("openvino", reason="pip install 'backbone[export]'")
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    to: str, name: str, dtype: str, room: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if to in NEEDS:
+        pytest.importorskip(to, reason=NEEDS[to])
+    if to == "aoti" and shutil.which("g++") is None:
+        pytest.skip("AOTInductor needs g++")
     code = f"""
 import resource, signal, torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -201,7 +210,11 @@ else:
     raise SystemExit("it fitted")
 """
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, *sys.path)))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, *sys.path))),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),  # what is half written must not be found
+    }
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
     assert list(tmp_path.iterdir()) == []
 
