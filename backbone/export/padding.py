@@ -1,8 +1,8 @@
 """Padding of sides whose length is open, written so that lengths cancel instead of growing with each layer.
 
 Networks of windows pad a side h by ``(w - h % w) % w``. torch.export cannot see that what comes of it divides by w, and
-each layer wraps the expression once more: that takes minutes. ``(h + w - 1) // w * w - h`` is the same number, and the
-padded side is ``(h + w - 1) // w * w`` at once. So it is with the ``ceil`` and ``max`` of TensorFlow's padding.
+each layer wraps the expression once more, until these take most of the time. ``(h + w - 1) // w * w - h`` is the same,
+and the padded side is ``(h + w - 1) // w * w`` at once. So it is with the ``ceil`` and ``max`` of TensorFlow's padding.
 """
 
 import sys

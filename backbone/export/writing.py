@@ -198,7 +198,14 @@ def write_draft(
         for line in lines:
             if any(word in line for word in _DISK_FAILURES):
                 raise OSError(f"{request.path}: cannot be written ({line[:200]})") from error
-        raise ValueError(f"{request.to} cannot express this model: {lines[0]}") from error
+        raise ValueError(f"{request.to} cannot express this model: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what was at the root of ``error``; exporters wrap that in advice on themselves."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _put_in_place(draft: Path, path: Path) -> None:

@@ -56,3 +56,18 @@ def test_a_size_that_the_network_cannot_take_is_said_with_its_reason(
         export_model(network, tmp_path / "model.pt2", to="torch-export", image_size=size)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_runtime_cannot_express_is_told_by_its_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="pip install 'backbone[export]'")
+
+    def refuse(*_: object) -> None:
+        try:
+            raise AssertionError("only 4D queries\nand more")
+        except AssertionError as error:
+            raise RuntimeError("Failed to convert.\nPlease file an issue.") from error
+
+    monkeypatch.setattr("backbone.export.onnx.build", refuse)
+    with pytest.raises(ValueError, match=r"^onnx cannot express this model: only 4D queries$"):
+        export_model(build("resnet18", norm="bn").eval(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
