@@ -31,11 +31,12 @@ def main(
     photos: Annotated[Path, typer.Option(help="Folder of photos, five or more.")],
     name: Annotated[str, typer.Option()] = "resnet50",
     weights: Annotated[str | None, typer.Option()] = None,
+    levels: Annotated[str, typer.Option(help="Which feature maps the backbone makes.")] = "c2,c3,c4,c5",
     max_error: Annotated[float, typer.Option()] = 0.1,
 ) -> None:
     """Calibrate on some photos and compare on others."""
     images = [Image.open(path).convert("RGB") for path in sorted(photos.iterdir())]
-    model = build_backbone(BackboneConfig(name=name, weights=weights)).eval()
+    model = build_backbone(BackboneConfig(name=name, weights=weights, out_features=levels.split(","))).eval()
     transforms, chance = model.transforms(resize=SIDE), np.random.default_rng(0)
     compared, others = images[::5], [image for number, image in enumerate(images) if number % 5]
     shown = [transforms([crop(others[number % len(others)], chance)]).images for number in range(CROPS)]

@@ -151,9 +151,8 @@ def encode(x: Tensor, codes: Codes) -> Tensor:
     """Return ``x`` in codes, uint8 and channels_last: values beyond the range become its ends."""
     scaled = x.float() * (1 / codes.scale)
     scaled = scaled.add_(codes.zero_point + 0.5).clamp_(0, HIGHEST + 0.5)  # truncated below: rounds to the nearest
-    if scaled.ndim == 4:  # noqa: PLR2004
-        scaled = scaled.contiguous(memory_format=torch.channels_last)
-    return scaled.to(torch.uint8)
+    layout = torch.channels_last if scaled.ndim == 4 else torch.preserve_format  # noqa: PLR2004
+    return scaled.to(torch.uint8, memory_format=layout)  # bytes are moved, not floats
 
 
 def decode(x: Tensor, codes: Codes) -> Tensor:

@@ -146,7 +146,7 @@ def assert_equal(actual: Tensor, expected: Tensor, step: float) -> None:
     """
     steps = (actual.double() - expected).abs() / step
     assert steps.max() < 3.5
-    assert (steps > 0.5).double().mean() < 0.05
+    assert (steps > 0.5).double().mean() < 0.1
 
 
 def c2() -> Any:
@@ -336,14 +336,22 @@ def test_codes_write_gaussians_with_little_error(shift: float) -> None:
 
 
 def test_far_numbers_are_cut_off_where_that_loses_less_and_zero_is_exact() -> None:
+    torch.manual_seed(0)
     histogram, values = Histogram(), torch.randn(4, 8, 100, 100).abs() ** 4
     histogram.add(values)
     codes, uncut = histogram.codes(), Codes(float(values.max()) / 255, 0)
     assert codes.zero_point == 0
-    assert codes.scale < 0.9 * uncut.scale
-    errors = [float((decode(encode(values, each), each) - values).square().mean()) for each in (codes, uncut)]
+    assert codes.scale < 0.95 * uncut.scale
+    errors = [float((decode(encode(values, each), each) - values).abs().pow(3).mean()) for each in (codes, uncut)]
     assert errors[0] < errors[1]
     assert decode(encode(torch.zeros(1), codes), codes) == 0
+
+
+def test_the_largest_numbers_are_cut_less_than_least_squares_would() -> None:
+    torch.manual_seed(0)
+    histogram, values = Histogram(), torch.randn(4, 8, 100, 100) ** 2
+    histogram.add(values)
+    assert histogram.codes().scale * 255 > 0.92 * values.max()  # 0.89 by least squares
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, -7.0, 3e38])
