@@ -36,7 +36,8 @@ def main(
 ) -> None:
     """Calibrate on some photos and compare on others."""
     images = [Image.open(path).convert("RGB") for path in sorted(photos.iterdir())]
-    model = build_backbone(BackboneConfig(name=name, weights=weights, out_features=levels.split(","))).eval()
+    settings = {"name": name, "weights": weights, "out_features": levels.split(",")}
+    model = build_backbone(BackboneConfig.model_validate(settings)).eval()
     transforms, chance = model.transforms(resize=SIDE), np.random.default_rng(0)
     compared, others = images[::5], [image for number, image in enumerate(images) if number % 5]
     shown = [transforms([crop(others[number % len(others)], chance)]).images for number in range(CROPS)]

@@ -337,11 +337,11 @@ def test_codes_write_gaussians_with_little_error(shift: float) -> None:
 
 def test_far_numbers_are_cut_off_where_that_loses_less_and_zero_is_exact() -> None:
     torch.manual_seed(0)
-    histogram, values = Histogram(), torch.randn(4, 8, 100, 100).abs() ** 4
+    histogram, values = Histogram(), torch.empty(1, 8, 64, 128).exponential_()
     histogram.add(values)
     codes, uncut = histogram.codes(), Codes(float(values.max()) / 255, 0)
     assert codes.zero_point == 0
-    assert codes.scale < 0.95 * uncut.scale
+    assert codes.scale < 0.99 * uncut.scale
     errors = [float((decode(encode(values, each), each) - values).abs().pow(3).mean()) for each in (codes, uncut)]
     assert errors[0] < errors[1]
     assert decode(encode(torch.zeros(1), codes), codes) == 0
@@ -349,9 +349,9 @@ def test_far_numbers_are_cut_off_where_that_loses_less_and_zero_is_exact() -> No
 
 def test_the_largest_numbers_are_cut_less_than_least_squares_would() -> None:
     torch.manual_seed(0)
-    histogram, values = Histogram(), torch.randn(4, 8, 100, 100) ** 2
+    histogram, values = Histogram(), torch.randn(1, 8, 64, 128) ** 2
     histogram.add(values)
-    assert histogram.codes().scale * 255 > 0.92 * values.max()  # 0.89 by least squares
+    assert histogram.codes().scale * 255 > 0.96 * values.max()  # 0.94 by least squares
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, -7.0, 3e38])
