@@ -3,9 +3,11 @@
 Networks of windows pad a side h by ``(w - h % w) % w``. torch.export cannot see that what comes of it divides by w, and
 each layer wraps the expression once more, until these take most of the time. ``(h + w - 1) // w * w - h`` is the same,
 and the padded side is ``(h + w - 1) // w * w`` at once. So it is with the ``ceil`` and ``max`` of TensorFlow's padding.
+Padding written in another way is traced as it is.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 SamePadding = Callable[[int, int, int, int], int]
 
+_turn: Final = threading.RLock()
 _TIMM: Final = "timm.layers.padding"
 _TRIED: Final = ((3, 1, 1), (3, 2, 1), (5, 2, 1), (3, 2, 2), (1, 2, 1), (2, 3, 1), (4, 4, 1))
 """Kernels, strides and dilations for which timm's function and ours must agree before ours stands in."""
@@ -24,10 +27,10 @@ _TRIED: Final = ((3, 1, 1), (3, 2, 1), (5, 2, 1), (3, 2, 2), (1, 2, 1), (2, 3, 1
 
 @contextmanager
 def cancelling_sizes() -> Iterator[None]:
-    """Let padding be traced with sizes that cancel, whatever the network; its numbers stay the same."""
-    module: Any = sys.modules.get(_TIMM)
-    theirs: SamePadding | None = getattr(module, "get_same_padding", None)
-    with PaddingToMultiples():
+    """Let padding be traced with sizes that cancel, one trace at a time; its numbers stay the same."""
+    with _turn, PaddingToMultiples():
+        module: Any = sys.modules.get(_TIMM)
+        theirs: SamePadding | None = getattr(module, "get_same_padding", None)
         if theirs is None or not _agree(theirs):
             yield
             return

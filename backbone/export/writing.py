@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,18 +194,34 @@ def write_draft(
     except OSError as error:
         raise OSError(error.errno, f"{request.path}: cannot be written ({error.strerror or error})") from error
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        for line in lines:
+        raise _understood(error, request) from error
+
+
+def _understood(error: RuntimeError, request: Request) -> OSError | ValueError:
+    """Return what a library's error says of the disk or of the model."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, OSError):
+            return OSError(cause.errno, f"{request.path}: cannot be written ({cause.strerror or cause})")
+        for line in str(cause).splitlines():
             if any(word in line for word in _DISK_FAILURES):
-                raise OSError(f"{request.path}: cannot be written ({line[:200]})") from error
-        raise ValueError(f"{request.to} cannot express this model: {_reason(error)}") from error
+                return OSError(f"{request.path}: cannot be written ({line.strip()[-200:]})")
+    return ValueError(f"{request.to} cannot express this model: {': '.join(map(_told, chain[1:] or chain))}")
 
 
-def _reason(error: BaseException) -> str:
-    """Return the first line of what was at the root of ``error``; exporters wrap that in advice on themselves."""
-    while error.__cause__ is not None:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield ``error``, what it came of, and so on to the root; exporters wrap that in advice on themselves."""
+    while error is not None:
+        yield error
         error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _told(error: BaseException) -> str:
+    """Return the first line of an error, and its kind where that line alone says little."""
+    name, line = type(error).__name__, next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if not line:
+        return name
+    return f"{name} {line[:200]}" if isinstance(error, LookupError) else line[:200]
 
 
 def _put_in_place(draft: Path, path: Path) -> None:

@@ -73,6 +73,9 @@ def test_timms_own_function_is_back_afterwards_and_stays_where_it_is_another(mon
         assert padding.get_same_padding is not theirs
         assert padding.get_same_padding(5, 3, 2, 1) == theirs(5, 3, 2, 1)
     assert padding.get_same_padding is theirs
+    with pytest.raises(KeyError), cancelling_sizes():
+        raise KeyError
+    assert padding.get_same_padding is theirs
     for other in (lambda side, kernel_size, stride, dilation: 0, lambda side: 0):
         monkeypatch.setattr(padding, "get_same_padding", other)
         with cancelling_sizes():

@@ -58,16 +58,30 @@ def test_a_size_that_the_network_cannot_take_is_said_with_its_reason(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_runtime_cannot_express_is_told_by_its_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+CAUSES = {
+    "a sentence": (AssertionError("only 4D queries\nand more"), "translating add: only 4D queries$"),
+    "a kind alone": (AssertionError(), "translating add: AssertionError$"),
+    "a key": (KeyError("val"), "translating add: KeyError 'val'$"),
+    "a full disk": (
+        OSError(28, "No space left on device"),
+        r"model\.onnx: cannot be written \(No space left on device\)$",
+    ),
+}
+
+
+@pytest.mark.parametrize(("cause", "told"), CAUSES.values(), ids=CAUSES)
+def test_what_a_runtime_cannot_express_is_told_by_its_causes(
+    cause: Exception, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("onnxscript", reason="pip install 'backbone[export]'")
 
     def refuse(*_: object) -> None:
         try:
-            raise AssertionError("only 4D queries\nand more")
-        except AssertionError as error:
+            raise NotImplementedError("translating add\nand what to do") from cause
+        except NotImplementedError as error:
             raise RuntimeError("Failed to convert.\nPlease file an issue.") from error
 
     monkeypatch.setattr("backbone.export.onnx.build", refuse)
-    with pytest.raises(ValueError, match=r"^onnx cannot express this model: only 4D queries$"):
+    with pytest.raises(OSError if isinstance(cause, OSError) else ValueError, match=told):
         export_model(build("resnet18", norm="bn").eval(), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

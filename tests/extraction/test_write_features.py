@@ -98,7 +98,7 @@ def test_the_index_leads_to_the_features_of_each_photo(
 
 
 def test_the_library_webdataset_reads_its_shards(photos: Path, tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
     write(photos, tmp_path, format=ShardFormat.WEBDATASET, pool="avg")
     shards = [str(shard) for shard in sorted(tmp_path.glob("*.tar"))]
     assert len(shards) > 1

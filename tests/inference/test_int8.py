@@ -351,7 +351,7 @@ def test_the_largest_numbers_are_cut_less_than_least_squares_would() -> None:
     torch.manual_seed(0)
     histogram, values = Histogram(), torch.randn(1, 8, 64, 128) ** 2
     histogram.add(values)
-    assert histogram.codes().scale * 255 > 0.96 * values.max()  # 0.94 by least squares
+    assert histogram.codes().scale * 255 > 0.975 * values.max()  # 0.94 by least squares
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, -7.0, 3e38])

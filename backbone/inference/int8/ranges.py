@@ -11,7 +11,7 @@ from backbone.engine.int8 import HIGHEST, Codes
 _BINS: Final = 2048  # on each side of zero
 _SAMPLE: Final = 2**16  # numbers of one tensor that are counted; its ends are always seen
 _NUM_CUTS: Final = 65
-_POWER: Final = 3  # of an error: with squares the few largest numbers, which detectors live by, are cut too far
+_POWER: Final = 3  # of an error: squares cut the few largest numbers further, and lose twice as much of them
 _SMALLEST_CUT: Final = 0.2  # of the range seen
 
 
@@ -41,7 +41,7 @@ class Histogram:
         return True
 
     def codes(self) -> Codes:
-        """Return the codes of least error, cubed: far numbers may be cut off for finer steps near zero.
+        """Return the codes of least cubed error: far numbers may be cut off for finer steps near zero.
 
         Where no number is negative, zero has the lowest code. Constant values are written exactly, or nearly so.
         """
