@@ -139,14 +139,14 @@ def reference(fast: Any, images: Tensor) -> Tensor:
     return x
 
 
-def assert_equal(actual: Tensor, expected: Tensor, step: float) -> None:
-    """Equal but for numbers between two codes, which float32 may round to the other side, and what comes of them.
+def share_of_others(actual: Tensor, expected: Tensor, step: float) -> float:
+    """How many have another code: float32 may round a number between two to the other side, and more come of it.
 
-    One such number in the first layer moves thousands in the last, most of them by less than a step.
+    One such number in the first layer moves thousands in the last, none of them by more than two steps.
     """
     steps = (actual.double() - expected).abs() / step
-    assert steps.max() < 3.5
-    assert (steps > 0.5).double().mean() < 0.1
+    assert steps.max() < 2.5
+    return float((steps > 0.5).double().mean())
 
 
 def c2() -> Any:
@@ -232,7 +232,7 @@ EDITS: list[Callable[[Any], Any]] = [
 @torch.no_grad()
 def test_20_random_edits_equal_simulated_quantisation(seed: int) -> None:
     choices = random.Random(seed)
-    fast = c2()
+    fast, shares = c2(), []
     for _ in range(20):
         fast = choices.choice(EDITS)(fast)
         height, width = choices.choice([(48, 64), (32, 40), (33, 47)])
@@ -240,7 +240,10 @@ def test_20_random_edits_equal_simulated_quantisation(seed: int) -> None:
         for _ in range(choices.choice([1, 3])):
             with engine_enabled(choices.random() < 0.8):
                 actual = fast(images)["c2"]
-        assert_equal(actual, reference(fast, images), fast.calibration.codes["layer1_1_relu_1"].scale)
+        step = fast.calibration.codes["layer1_1_relu_1"].scale
+        shares.append(share_of_others(actual, reference(fast, images), step))
+    assert sorted(shares)[-2] < 0.05
+    assert sum(shares) / len(shares) < 0.02
 
 
 @needs_int8
@@ -336,14 +339,19 @@ def test_codes_write_gaussians_with_little_error(shift: float) -> None:
 
 
 def test_far_numbers_are_cut_off_where_that_loses_less_and_zero_is_exact() -> None:
-    torch.manual_seed(0)
-    histogram, values = Histogram(), torch.empty(1, 8, 64, 128).exponential_()
-    histogram.add(values)
-    codes, uncut = histogram.codes(), Codes(float(values.max()) / 255, 0)
+    histogram, values, times = Histogram(), torch.linspace(0, 1, 2**16), 200
+    for part in [values] * times + [torch.tensor([1.15])]:
+        histogram.add(part)
+    codes, uncut = histogram.codes(), Codes(1.15 / 255, 0)
     assert codes.zero_point == 0
-    assert codes.scale < 0.99 * uncut.scale
-    errors = [float((decode(encode(values, each), each) - values).abs().pow(3).mean()) for each in (codes, uncut)]
-    assert errors[0] < errors[1]
+    assert codes.scale < 0.9 * uncut.scale
+
+    def error(of: Codes) -> float:
+        far = torch.tensor([1.15])
+        parts = [(decode(encode(each, of), of) - each).abs().double().pow(3).sum() for each in (values, far)]
+        return float(times * parts[0] + parts[1])
+
+    assert error(codes) < error(uncut)
     assert decode(encode(torch.zeros(1), codes), codes) == 0
 
 

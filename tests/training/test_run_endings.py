@@ -281,7 +281,7 @@ def test_ctrl_c_ends_with_a_message_that_names_resume(data: Path, tmp_path: Path
     while not (out / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=180)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     last_line = " ".join(said.split())
     assert f"interrupted: {out}/last.ckpt holds the last finished epoch; go on with --resume" in last_line
