@@ -35,6 +35,14 @@ def watch_initial_values(backbone: Backbone, name: str) -> None:
         backbone.register_forward_pre_hook(_FirstTrainingForward(name, seen))
 
 
+def stop_watching(model: nn.Module) -> None:
+    """Watch none of the backbones in ``model`` any more."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _FirstTrainingForward):
+                module._forward_pre_hooks.pop(key)
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """A parameter or buffer as it was built.

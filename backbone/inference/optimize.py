@@ -17,6 +17,7 @@ from backbone.inference.folding import constants_of, fold, is_plain_conv, remain
 from backbone.inference.graphs import GraphedExtractor
 from backbone.inference.int8 import CalibrationSource, LayerChoice, compute_in_int8, in_floats_again
 from backbone.inference.reparameterize import reparameterize
+from backbone.initial import stop_watching
 
 _DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def optimize_for_inference(
     if calibration is not None and dtype != torch.int8:
         raise ValueError(f"calibration is for dtype=torch.int8, got dtype={dtype}; leave it out")
     model = _without_graphs(_copied(model).eval())
+    stop_watching(model)  # for a training that begins
     in_floats_again(model)
     reparameterize(model)
     folded = sum(_fold_norms(module, keep_weights) for module in list(model.modules()))

@@ -18,7 +18,7 @@ from backbone.features import Backbone, input_channels, require_images
 from backbone.inference.int8.kernel import padded
 from backbone.inference.int8.program import after, in_floats
 from backbone.inference.int8.ranges import Histogram
-from backbone.inference.int8.tracing import Call, Conv, Network, Pool, filled, names_in, trace
+from backbone.inference.int8.tracing import Conv, Network, Selection, Shape, filled, names_in, trace
 
 _KEPT_IMAGES: Final = 8
 _FORMAT: Final = 1
@@ -111,7 +111,7 @@ class Observer:
         """Return what was seen."""
         codes = {name: histogram.codes() for name, histogram in self._histograms.items()}
         for step in self.network.steps:
-            if isinstance(step, Pool):
+            if isinstance(step, Selection) and step.out in codes:
                 codes[step.out] = codes[step.x]  # a maximum of codes is the code of the maximum
         means = self._means(codes)
         return Calibration(
@@ -147,11 +147,11 @@ class Observer:
             if isinstance(step, Conv):
                 residual = None if step.residual is None else values[step.residual]
                 values[step.out] = in_floats(step, values[step.x], residual)
-            elif isinstance(step, Pool):
-                values[step.out] = step.module(values[step.x])
+            elif isinstance(step, Shape):
+                values[step.out] = step.run(values[step.x])
             else:
-                assert isinstance(step, Call)
-                values[step.out] = step.run(values.__getitem__)
+                call = step.call if isinstance(step, Selection) else step
+                values[step.out] = call.run(values.__getitem__)
             see(step.out, values)
             for name in set(step.reads()) - kept:
                 if last_read[name] == step.out:
@@ -215,10 +215,10 @@ class Observer:
 def _named(network: Network) -> set[str]:
     """Return the values that may be written in 8 bits."""
     names = {network.images}
-    for step in network.steps:
+    for step in reversed(network.steps):
         if isinstance(step, Conv):
             names |= {step.x, step.out, step.residual or step.x}
-        elif isinstance(step, Pool):
+        elif isinstance(step, Selection) and step.out in names:
             names.add(step.x)
     return names
 

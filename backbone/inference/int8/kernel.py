@@ -100,6 +100,16 @@ def padded(conv: FoldedConv2d, x: Tensor, zero: int) -> Tensor:
     return F.pad(x, (left, right, top, bottom), value=zero) if top + bottom + left + right else x
 
 
+def output_size(conv: FoldedConv2d, x: Tensor) -> list[int]:
+    """Return height and width of what ``conv`` makes of ``x`` (N, C_in, H, W)."""
+    (strides, paddings, dilations, _), sizes = conv.geometry, x.shape[2:]
+    if isinstance(conv, SameConv2d):
+        return [-(-size // stride) for size, stride in zip(sizes, strides, strict=True)]
+    reaches = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(dilations, conv.kernel_size, strict=True)]
+    walks = zip(sizes, paddings, reaches, strides, strict=True)
+    return [(size + 2 * padding - reach) // stride + 1 for size, padding, reach, stride in walks]
+
+
 class _Source(NamedTuple):
     """What an 8-bit weight was made from, held so that no other tensor can take its place in memory."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from backbone.engine import switch
 from backbone.engine.calls import has_hook, is_watched, needs_grad
+from backbone.engine.folded import FoldedConv2d
 from backbone.engine.int8 import has_int8, why_no_int8
 from backbone.engine.torch_internals import is_any_hooked
 from backbone.features import Backbone, input_channels, require_images
@@ -148,13 +149,19 @@ def compute_in_int8(
         raise ValueError(
             f"calibration must be an iterable of batches, got a {type(calibration).__name__}; give [batch, ...]"
         )
-    root = _root_of(model)
-    if hooked := [name for name, child in root.named_modules() if child is not root and has_hook(child)]:
+    inner = _backbone_of(model)
+    root = _with_pyramid(model, inner)
+    if hooked := _watched(root):
         raise ValueError(
             f"dtype=torch.int8 needs modules that nobody watches, got hooks on {', '.join(hooked[:3])}; remove them"
         )
     folded = fold_by_flow(root, keep_weights)
-    _require_foldable(root)
+    if unfolded := _unfolded(root):
+        name, norm = unfolded[0]
+        raise ValueError(
+            f"dtype=torch.int8 needs norms that fold into convolutions, got {type(norm).__name__} at {name}, "
+            f"which depends on its input and would turn codes into floats and back; use dtype=torch.bfloat16"
+        )
     if not isinstance(calibration, Calibration):
         calibration = calibrate(model, root, calibration)
     network = trace(root, frozenset(calibration.apart))
@@ -188,8 +195,8 @@ def _choose(network: Network, calibration: Calibration, max_error: float) -> tup
     return tuple(choices)
 
 
-def _root_of(model: nn.Module) -> Backbone:
-    """Return the only backbone in ``model``."""
+def _backbone_of(model: nn.Module) -> Backbone:
+    """Return the only backbone in ``model``, without its wrappers."""
     found = [module for module in model.modules() if isinstance(module, Backbone) and module.adopted is None]
     if len(found) != 1:
         raise ValueError(
@@ -202,10 +209,31 @@ def _root_of(model: nn.Module) -> Backbone:
     return found[0]
 
 
-def _require_foldable(root: Backbone) -> None:
-    for name, module in root.named_modules():
-        if any(kind in type(module).__name__ for kind in _UNFOLDED):
-            raise ValueError(
-                f"dtype=torch.int8 needs norms that fold into convolutions, got {type(module).__name__} at {name}, "
-                f"which depends on its input and would turn codes into floats and back; use dtype=torch.bfloat16"
-            )
+def _with_pyramid(model: nn.Module, inner: Backbone) -> Backbone:
+    """Return the outermost wrapper of ``inner`` that adds convolutions and suits 8 bits, or ``inner`` itself."""
+    for wrapper in model.modules():  # a module comes before what is in it
+        if isinstance(wrapper, Backbone) and wrapper.adopted is not None and _convs(wrapper) - _convs(wrapper.adopted):
+            if _watched(wrapper) or _unfolded(wrapper):
+                continue
+            try:
+                trace(wrapper)
+            except ValueError:
+                continue
+            return wrapper
+    return inner
+
+
+def _convs(module: nn.Module) -> set[FoldedConv2d]:
+    return {each for each in module.modules() if isinstance(each, FoldedConv2d)}
+
+
+def _watched(root: Backbone) -> list[str]:
+    """Return the names of the modules in ``root`` that have hooks."""
+    return [name for name, child in root.named_modules() if child is not root and has_hook(child)]
+
+
+def _unfolded(root: Backbone) -> list[tuple[str, nn.Module]]:
+    """Return the norms in ``root`` that depend on their input."""
+    return [
+        (name, each) for name, each in root.named_modules() if any(kind in type(each).__name__ for kind in _UNFOLDED)
+    ]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbone.engine.calls import is_autocast, is_traced
 from backbone.engine.finite import is_finite
 from backbone.engine.folded import FoldedConv2d
-from backbone.engine.int8 import ACTIVATIONS, Activation, Codes, Means, decode, encode, max_pool
+from backbone.engine.int8 import ACTIVATIONS, Activation, Codes, Means, decode, encode
 from backbone.inference.int8.kernel import Int8Conv2d, Kernel
-from backbone.inference.int8.tracing import Call, Conv, Network, Pool, Step, filled, names_in
+from backbone.inference.int8.tracing import Call, Conv, Network, Selection, Shape, filled, names_in
 
 Form: TypeAlias = Literal["codes", "floats"]
 Place: TypeAlias = tuple[str, Form]
@@ -84,12 +84,14 @@ class Program:
                 want(step.x, form)
                 if step.residual is not None:
                     want(step.residual, form)
-            elif isinstance(step, Pool):
-                # through codes where they are wanted: nothing is lost, and they are a quarter of the bytes
-                want(step.x, "codes" if "codes" in wanted.get(step.out, ()) else "floats")
-            else:
+            elif not isinstance(step, Shape):
+                # a selection takes codes where they are wanted: nothing is lost, and they are a quarter of the bytes
+                is_of_codes = isinstance(step, Selection) and "codes" in wanted.get(step.out, ())
                 for name in step.reads():
-                    want(name, "floats")
+                    want(name, "codes" if is_of_codes and name == step.x else "floats")  # type: ignore[union-attr]
+        for step in self._network.steps:
+            if isinstance(step, Shape) and step.x not in wanted:
+                want(step.x, "floats")
         return wanted
 
     def _write(self) -> None:
@@ -98,9 +100,12 @@ class Program:
         for step in self._network.steps:
             if isinstance(step, Conv) and step.path in self._in_int8:
                 self._conv(step)
-            elif isinstance(step, Pool) and "codes" in self._wanted.get(step.out, ()):
-                module = step.module
-                self._line(step.out, "codes", [(step.x, "codes")], _pooled(step.x, module))
+            elif isinstance(step, Shape):
+                place: Place = (step.x, "codes" if "codes" in self._wanted[step.x] else "floats")
+                self._line(step.out, "floats", [place], _shape(step, place))
+            elif isinstance(step, Selection) and "codes" in self._wanted.get(step.out, ()):
+                reads: list[Place] = [(name, "codes" if name == step.x else "floats") for name in step.reads()]
+                self._line(step.out, "codes", reads, _selected(step))
             else:
                 self._line(step.out, "floats", [(name, "floats") for name in step.reads()], _in_floats(step))
 
@@ -161,20 +166,18 @@ class _Convolution:
         return self.kernel(values[self._x], residual, self.reuses, kernels)
 
 
-def _pooled(name: str, module: nn.MaxPool2d) -> _Run:
-    sides: Any = module.kernel_size, module.stride, module.padding
-
-    def compute(values: Values, _: bool) -> Tensor:
-        return max_pool(values[name, "codes"], *sides)
-
-    return compute
+def _selected(step: Selection) -> _Run:
+    return lambda values, _: step.run_on_codes(values[step.x, "codes"], lambda name: values[name, "floats"])
 
 
-def _in_floats(step: Step) -> _Run:
-    if isinstance(step, Call):
-        return lambda values, _: step.run(lambda name: values[name, "floats"])
-    if isinstance(step, Pool):
-        return lambda values, _: step.module(values[step.x, "floats"])
+def _shape(step: Shape, place: Place) -> _Run:
+    return lambda values, _: step.run(values[place])
+
+
+def _in_floats(step: Conv | Selection | Call) -> _Run:
+    if not isinstance(step, Conv):
+        call = step.call if isinstance(step, Selection) else step
+        return lambda values, _: call.run(lambda name: values[name, "floats"])
     return lambda values, _: in_floats(
         step, values[step.x, "floats"], None if step.residual is None else values[step.residual, "floats"]
     )

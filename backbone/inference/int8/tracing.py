@@ -5,18 +5,20 @@ import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any, Final, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from backbone.engine.calls import has_hook, is_plain
 from backbone.engine.folded import FoldedConv2d
-from backbone.engine.int8 import Activation
+from backbone.engine.int8 import Activation, max_pool
 from backbone.features import Backbone
 from backbone.inference.folding import constants_of, fold, remainder_of
-from backbone.inference.int8.kernel import SameConv2d
+from backbone.inference.int8.kernel import SameConv2d, output_size
 
 _ADDITIONS: Final = (operator.add, operator.iadd, torch.add)
 _ACTIVATIONS: Final[dict[type[nn.Module], Activation]] = {
@@ -65,19 +67,6 @@ class Conv:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """A maximum of square windows, which codes can go through."""
-
-    out: str
-    x: str
-    module: nn.MaxPool2d
-
-    def reads(self) -> list[str]:
-        """Return the names of the values it takes."""
-        return [self.x]
-
-
-@dataclass(frozen=True, slots=True)
 class Value:
     """Stands for a value among the arguments of a call, and in what a network returns."""
 
@@ -116,6 +105,59 @@ class Call:
         return self.target(*args, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Gives numbers of ``x`` as they are: maxima of windows, nearest neighbours, a slice. Codes can go through it.
+
+    Attributes:
+        call: What computes it, of floats.
+        x: Name of the value whose numbers it gives; others that it takes are sizes.
+    """
+
+    call: Call
+    x: str
+
+    @property
+    def out(self) -> str:
+        """Name of the result."""
+        return self.call.out
+
+    def reads(self) -> list[str]:
+        """Return the names of the values it takes."""
+        return self.call.reads()
+
+    def run_on_codes(self, codes: Tensor, value_of: Callable[[str], Any]) -> Tensor:
+        """Return what it gives of ``codes`` (N, C, H, W)."""
+        module = self.call.target
+        if isinstance(module, nn.MaxPool2d):
+            return max_pool(codes, module.kernel_size, module.stride, module.padding)  # type: ignore[arg-type]
+        selected: Tensor = self.call.run(lambda name: codes if name == self.x else value_of(name))
+        return selected.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The shape of what a convolution makes of ``x``, before it has done so: a pyramid enlarges the level above to it.
+
+    Attributes:
+        out: Name of the result.
+        x: Name of the convolution's input.
+        module: The convolution.
+    """
+
+    out: str
+    x: str
+    module: FoldedConv2d
+
+    def reads(self) -> list[str]:
+        """Return the names of the values it takes."""
+        return [self.x]
+
+    def run(self, x: Tensor) -> torch.Size:
+        """Return it, for an input (N, C_in, H, W) of floats or codes."""
+        return torch.Size((len(x), self.module.out_channels, *output_size(self.module, x)))
+
+
 def filled(template: Any, value_of: Callable[[str], Any]) -> Any:  # noqa: ANN401
     """Return ``template``, containers of any depth, with every ``Value`` replaced by what ``value_of`` returns."""
     if isinstance(template, Value):
@@ -149,7 +191,7 @@ def _template(argument: Any) -> Any:  # noqa: ANN401
     return argument
 
 
-Step: TypeAlias = Conv | Pool | Call
+Step: TypeAlias = Conv | Selection | Shape | Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +224,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` is called as it is."""
+        if isinstance(m, ExtraFPNBlock):  # takes and returns lists
+            return False
         return isinstance(m, nn.Conv2d) or not any(
             isinstance(each, FoldedConv2d) or _is_same_conv(each) for each in m.modules()
         )
@@ -275,6 +319,11 @@ def _graph(root: Backbone) -> fx.Graph:
         if module is not None and _is_idle(module):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        conv = _module(root, node.args[0]) if _asks_for_shape(node) else None
+        if isinstance(conv, FoldedConv2d):
+            with graph.inserting_before(node.args[0]):
+                shape = graph.call_function(_shape_after, (node.args[0].args[0], node.args[0].target))
+            node.replace_all_uses_with(shape)
     for node in reversed(list(graph.nodes)):  # a size that was looked at, and the like
         if not node.users and node.op in ("call_module", "call_function", "get_attr") and not _writes(root, node):
             graph.erase_node(node)
@@ -327,24 +376,46 @@ def _activation(root: nn.Module, node: fx.Node) -> Activation | None:
 def _other(root: nn.Module, node: fx.Node) -> Step:
     """Return the step of a node that belongs to no convolution."""
     module, inputs = _module(root, node), node.all_input_nodes
-    if _is_pool(module) and len(inputs) == len(node.args) == 1:
-        return Pool(node.name, inputs[0].name, module)
+    if node.target is _shape_after:
+        return Shape(node.name, inputs[0].name, root.get_submodule(node.args[1]))  # type: ignore[arg-type]
     if _writes(root, node) and len(inputs[0].users) > 1:
         raise ValueError(
             f"dtype=torch.int8 needs values that no other step overwrites, got {node.name}, which changes "
             f"{inputs[0]} in place for others to see; use dtype=torch.bfloat16"
         )
     args = (root,) if node.op == "get_attr" else _template(node.args)
-    return Call(node.name, node.target if module is None else module, args, _template(node.kwargs), node.op)
+    call = Call(node.name, node.target if module is None else module, args, _template(node.kwargs), node.op)
+    return Selection(call, inputs[0].name) if _selects(node, module) else call
 
 
-def _is_pool(module: nn.Module | None) -> TypeGuard[nn.MaxPool2d]:
+def _asks_for_shape(node: fx.Node) -> bool:
+    return node.target is getattr and str(node.args[1]) == "shape"
+
+
+def _shape_after(x: Tensor, path: str) -> torch.Size:
+    """Stands in a graph for the shape of what the convolution at ``path`` makes of ``x``; a ``Shape`` computes it."""
+    raise NotImplementedError
+
+
+def _selects(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether ``node`` gives numbers of its first input as they are, and codes of four dimensions can go through."""
+    if module is not None:
+        return _is_pool(module) and len(node.all_input_nodes) == len(node.args) == 1
+    if node.target is F.interpolate:
+        mode = node.kwargs.get("mode", "nearest")
+        return len(node.args) == 1 and mode in ("nearest", "nearest-exact")
+    if node.target is operator.getitem and isinstance(node.args[1], tuple):
+        return all(isinstance(each, slice | EllipsisType) for each in node.args[1])
+    return False
+
+
+def _is_pool(module: nn.Module) -> TypeGuard[nn.MaxPool2d]:
     """Whether codes can go through ``module``: square windows that lie next to each other in pixels."""
     if type(module) is not nn.MaxPool2d or has_hook(module):
         return False
     sides = (module.kernel_size, module.stride, module.padding)
     is_dense = module.dilation == 1 and not module.ceil_mode and not module.return_indices
-    return is_dense and all(type(side) is int for side in sides)
+    return bool(is_dense) and all(type(side) is int for side in sides)
 
 
 def _writes(root: nn.Module, node: fx.Node) -> bool:
@@ -377,8 +448,13 @@ def _told(step: Step) -> object:
             conv.in_channels,
             conv.out_channels,
         )
-    if isinstance(step, Pool):
-        return (step.out, step.x, step.module.kernel_size, step.module.stride, step.module.padding)
+    if isinstance(step, Shape):
+        return (step.out, step.x, tuple(step.module.geometry), step.module.kernel_size)
+    if isinstance(step, Selection):
+        module: Any = step.call.target
+        if isinstance(module, nn.MaxPool2d):
+            return (step.out, step.x, module.kernel_size, module.stride, module.padding)
+        return _told(step.call)
     target = step.target
     name = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", target)
     return (step.out, name, "" if step.kind == "get_attr" else repr(step.args), repr(step.kwargs))

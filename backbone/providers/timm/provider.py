@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct, SyncBatchNormAct, convert_sync_batchnorm
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from backbone.bn_eval import EvalBatchNorm2d, fix_statistics, register_eval_form
 from backbone.config import BackboneConfig, NormName, did_you_mean
@@ -171,8 +172,9 @@ class TimmBackbone(Backbone):
             features: Features = self.pyramid(maps[0])
         else:
             features = dict(zip(self.feature_specs, maps, strict=True))
-        # in an export the question would fix the size
-        if not torch.compiler.is_exporting() and not bottom and not right:
+        # in an export the question would fix the size, and a symbolic trace has no answer
+        is_open = torch.compiler.is_exporting() or isinstance(images, Proxy)
+        if not is_open and not bottom and not right:
             return features
         return {
             name: features[name][..., : _steps(height, spec.stride), : _steps(width, spec.stride)]
