@@ -343,6 +343,22 @@ def test_the_encoder_computes_in_bfloat16_and_the_decoder_in_float(architecture:
     assert 1e-5 < relative_error(masks, model(images)) < 5e-2
 
 
+@pytest.mark.filterwarnings("ignore:8-bit convolutions do not run here:UserWarning")
+@pytest.mark.parametrize("architecture", ["Unet", "FPN", "DeepLabV3"])
+@torch.no_grad()
+def test_the_encoder_computes_in_8_bits_and_the_decoder_in_float(architecture: str) -> None:
+    model = getattr(smp, architecture)("backbone-resnet18", encoder_weights=None, classes=3).eval()
+    randomise_norms(model)
+    images = torch.randn(2, 3, 64, 64)
+    fast: Any = optimize_for_inference(model, dtype=torch.int8, calibration=[images])
+    assert {choice.dtype for choice in fast.optimization.int8} == {torch.int8}
+    assert len(fast.optimization.int8) == 20
+    masks, expected = fast(images), model(images)
+    assert masks.dtype == torch.float32
+    assert 1e-4 < (masks - expected).norm() / expected.norm() < 0.1
+    assert [each.shape for each in fast.encoder(images)] == [each.shape for each in model.encoder(images)]
+
+
 @pytest.mark.filterwarnings("ignore:cuda_graphs=True needs a CUDA device")
 @torch.no_grad()
 def test_the_encoder_is_what_cuda_graphs_replay() -> None:

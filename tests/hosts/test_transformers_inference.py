@@ -64,6 +64,22 @@ def test_maps_in_bfloat16_are_close_to_those_in_float(name: str) -> None:
     assert all(1e-6 < relative_error(actual, expected) < 3e-2 for actual, expected in maps)
 
 
+@pytest.mark.filterwarnings("ignore:8-bit convolutions do not run here:UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_the_backbone_computes_in_8_bits_and_the_heads_in_float(name: str) -> None:
+    model = make(name)
+    fast: Any = optimize_for_inference(model, dtype=torch.int8, calibration=[images()] * 2)
+    assert len(fast.optimization.int8) == 20
+    assert {choice.dtype for choice in fast.optimization.int8} == {torch.int8}
+    maps = zip(find_backbone(fast)(images()).feature_maps, find_backbone(model)(images()).feature_maps, strict=True)
+    assert all(1e-4 < (actual - expected).norm() / expected.norm() < 0.1 for actual, expected in maps)
+    expected, actual = outputs(model), outputs(fast)
+    assert {output.dtype for output in actual.values()} == {torch.float32}
+    if name not in CHOOSING:
+        assert all((actual[key] - expected[key]).norm() / expected[key].norm() < 0.1 for key in expected)
+
+
 @pytest.mark.filterwarnings("ignore:cuda_graphs=True needs a CUDA device")
 @pytest.mark.parametrize("name", ["detr", "rt_detr", "mask2former", "upernet"])
 @torch.no_grad()

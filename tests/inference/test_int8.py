@@ -648,14 +648,82 @@ def test_where_the_kernels_are_missing_it_says_so_and_computes_the_same(monkeypa
 # --- in larger models ------------------------------------------------------------------------------------------------
 
 
+PYRAMIDS: dict[str, dict[str, Any]] = {
+    "P2 to P6": {"extra_levels": "maxpool"},
+    "P7 of P5": {"extra_levels": "p6p7"},
+    "P7 of C5": {"extra_levels": "p6p7", "p6_from": "c5"},
+    "norms": {"norm": "frozen_bn"},
+    "means": {"average": True},
+}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18", "timm/tf_efficientnet_lite0"])
+@pytest.mark.parametrize("case", PYRAMIDS)
 @torch.no_grad()
-def test_with_a_pyramid() -> None:
-    model = FeaturePyramid(trained(), out_channels=32, extra_levels="maxpool").eval()
-    fast, images = in_int8(model), batches()[0]
-    actual, expected = fast(images), model(images)
-    assert list(actual) == list(expected)
-    assert min(cosine(actual[name], expected[name]) for name in expected) > 0.99
+def test_a_pyramid_computes_in_8_bits_with_its_backbone(case: str, name: str) -> None:
+    model = FeaturePyramid(trained(name), out_channels=32, **PYRAMIDS[case]).eval()
+    fast = in_int8(model)
+    of_pyramid = [choice for choice in fast.optimization.int8 if choice.name.startswith("fpn.")]
+    assert len(of_pyramid) == (10 if "p6p7" in PYRAMIDS[case].values() else 8)
+    assert {choice.dtype for choice in of_pyramid} == {torch.int8}
     assert fast.feature_specs == model.feature_specs
+    for images in (batches()[0], batches(1, 72, 104)[0][:1, :, :65, :97]):
+        expected = model(images)
+        for _ in range(3):
+            actual = fast(images)
+        assert list(actual) == list(expected)
+        assert {level.dtype for level in actual.values()} == {torch.float32}
+        assert min(cosine(actual[name], expected[name]) for name in expected) > 0.99
+
+
+@needs_int8
+@torch.no_grad()
+def test_a_pyramid_is_the_same_without_the_engine() -> None:
+    fast, images = in_int8(FeaturePyramid(trained(), out_channels=32, extra_levels="p6p7").eval()), batches()[1]
+    actual = fast(images)
+    with engine_enabled(False):
+        expected = fast(images)
+    assert min(cosine(actual[name], expected[name]) for name in expected) > 0.999
+
+
+@torch.no_grad()
+def test_a_pyramid_that_does_not_suit_stays_in_floats() -> None:
+    for model in (
+        FeaturePyramid(trained(), out_channels=32, norm="gn").eval(),
+        FeaturePyramid(trained(), out_channels=32).eval(),
+    ):
+        if model.settings["norm"] is None:
+            model.fpn.register_forward_hook(lambda *_: None)
+        fast = in_int8(model)
+        assert {choice.name.partition(".")[0] for choice in fast.optimization.int8} >= {"conv1", "layer4"}
+        assert not any(isinstance(module, Int8Conv2d) for module in fast.fpn.modules())
+        assert cosine(fast(batches()[0])["p2"], model(batches()[0])["p2"]) > 0.99
+
+
+@torch.no_grad()
+def test_a_pyramids_weights_change_and_hooks_see_it_in_floats() -> None:
+    model, images = FeaturePyramid(trained(), out_channels=32).eval(), batches()[0]
+    fast = in_int8(model)
+    fast(images)
+    for each in (model, fast):
+        each.get_parameter("fpn.inner_blocks.1.0.weight").mul_(-0.7)
+    expected = model(images)
+    assert cosine(fast(images)["p3"], expected["p3"]) > 0.99
+    seen: list[int] = []
+    fast.body.register_forward_hook(lambda *_: seen.append(1))
+    assert relative_error(fast(images)["p3"], expected["p3"]) < 1e-5
+    assert seen
+
+
+@torch.no_grad()
+def test_the_backbone_in_a_pyramid_called_by_itself_computes_in_floats() -> None:
+    model, images = FeaturePyramid(trained(), out_channels=32).eval(), batches()[0]
+    fast = in_int8(model, keep_weights=False)
+    fast(images)
+    assert cosine(fast.body(images)["c5"], model.body(images)["c5"]) > 0.999
+    fast = in_int8(model)
+    fast(images)
+    assert relative_error(fast.body(images)["c5"], model.body(images)["c5"]) < 1e-5
 
 
 @torch.no_grad()
@@ -671,6 +739,7 @@ def test_inside_torchvisions_detector() -> None:
     images = [list(batch) for batch in batches()]
     fast = in_int8(detector, calibration=images)
     assert fast.calibration.num_images == 4
+    assert any(choice.name == "fpn.extra_blocks.p7" for choice in fast.optimization.int8)
     found, expected = fast(images[0]), detector(images[0])
     assert [list(each) for each in found] == [list(each) for each in expected]
     maps, wanted = fast.backbone(batches()[0]), detector.backbone(batches()[0])
