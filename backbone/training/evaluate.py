@@ -33,8 +33,8 @@ def evaluate(
 ) -> None:
     """Check, load, measure.
 
-    With ``dtype`` a copy for inference is measured whose backbone computes in it; in int8 the first images of the split
-    ``train``, as many as ``calibration``, tell the ranges.
+    With ``dtype`` a copy for inference is measured whose backbone computes in it, and the heads in float32, whatever
+    the recipe's precision. In int8 the first images of the split ``train``, as many as ``calibration``, tell the ranges.
     """
     device = "cpu" if dtype == "int8" and device == "auto" else device
     with readable_errors(ValueError, OSError):
@@ -52,7 +52,10 @@ def evaluate(
             copy: Any = optimize_for_inference(module.detector, dtype=getattr(torch, dtype), calibration=shown)
             module.detector = copy
             say(str(copy.optimization))
-    trainer = L.Trainer(**common_settings(recipe, device), devices=1, logger=False, enable_checkpointing=False)
+    settings = common_settings(recipe, device)
+    if dtype is not None:
+        settings["precision"] = "32-true"  # what is not asked to compute in another dtype, the heads, keeps float32
+    trainer = L.Trainer(**settings, devices=1, logger=False, enable_checkpointing=False)
     with readable_errors(UnreadableImageError):
         trainer.validate(module, make_loader(images), verbose=False)
     print_metrics(module.metrics, console)

@@ -590,6 +590,21 @@ def test_a_detector_optimised_for_inference_gives_the_same_features() -> None:
     assert "backbone.bottom_up.res2.0.conv1.weight" in optimised.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore:8-bit convolutions do not run here:UserWarning")
+@torch.no_grad()
+def test_a_detector_computes_in_8_bits_with_its_pyramid() -> None:
+    _, model = detectors()
+    randomise_norms(model)
+    batch = [{"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)}]
+    fast: Any = optimize_for_inference(model.eval(), dtype=torch.int8, calibration=[batch] * 2)
+    assert any("fpn" in choice.name for choice in fast.optimization.int8)
+    images = model.preprocess_image(batch).tensor
+    actual, expected = fast.backbone(images), model.backbone(images)
+    assert list(actual) == list(expected)
+    assert all((actual[name] - expected[name]).norm() / expected[name].norm() < 0.1 for name in expected)
+    assert "instances" in fast(batch)[0]
+
+
 # freezing and memory
 
 

@@ -39,19 +39,35 @@ def test_saved_weights_measure_what_training_ended_with(run: Path, data: Path, t
     assert (tmp_path / "s.png").stat().st_size > 10_000
 
 
-def test_an_inference_copy_is_measured_in_its_dtype(data: Path, tmp_path: Path) -> None:
+def test_an_inference_copy_is_measured_in_its_dtype(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autocast, step = [], DetectionModule.validation_step
+
+    def seen_step(module: DetectionModule, *batch: Any) -> None:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        step(module, *batch)
+
+    monkeypatch.setattr(DetectionModule, "validation_step", seen_step)
     settings = recipe("retinanet", norm="bn", train={"epochs": 1})
     assert train(settings, data, tmp_path / "run").exit_code == 0
+    settings["train"]["precision"] = "bf16-mixed"
+    options = ["--weights", f"{tmp_path}/run/model.pth"]
+    assert invoke("evaluate", settings, data, tmp_path / "plain", *options).exit_code == 0
+    assert autocast[-1]
+    autocast.clear()
     options = ["--weights", f"{tmp_path}/run/model.pth", "--json", f"{tmp_path}/m.json"]
     for given, told in {
         ("--dtype", "float32"): "folded 20 norms",
-        ("--dtype", "int8", "--calibration", "2"): "computes in int8 in 20 of 20 convolutions",
+        ("--dtype", "int8", "--calibration", "2"): "computes in int8 in 28 of 28 convolutions",
     }.items():
         result = invoke("evaluate", settings, data, tmp_path / "evaluation", *options, *given)
         assert result.exit_code == 0, result.output
         assert told in result.output
         measured = json.loads((tmp_path / "m.json").read_text())
         assert measured.keys() == json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"].keys()
+    assert autocast
+    assert not any(autocast)
     refused = invoke(
         "evaluate", settings, data, tmp_path / "other", *options, "--dtype", "int8", "--calibration", "100"
     )
