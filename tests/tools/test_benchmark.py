@@ -210,3 +210,19 @@ def test_int8_is_compared_with_our_floats_and_quantised_peers(tool: Any, tmp_pat
 
 def test_int8_training_is_refused(tool: Any) -> None:
     assert run(tool, "--dtype", "int8", "--workload", "train").exit_code == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_pyramid_is_compared_with_torchvisions(tool: Any, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    output = run(tool, "--pyramid", "--peers", "torchvision,timm,onnxruntime", "--json", str(results))
+    assert output.exit_code == 0, output.output
+    (record,) = json.loads(results.read_text())
+    names = {row["name"] for row in record["contenders"]}
+    assert names >= {"ours", "torchvision", "torchvision, tuned"}
+    assert record["absent"]["timm"] == "has no pyramid"
+    assert all(row["error"] < 1e-5 for row in record["contenders"])
+    assert "with a pyramid" in record["title"]
+    refused = run(tool, "--pyramid", "--workload", "train")
+    assert refused.exit_code == 2
+    assert "--pyramid concerns inference alone" in " ".join(refused.output.replace("│", " ").split())

@@ -5,6 +5,7 @@
     python tools/benchmark.py --workload train --norms-train --image-size 512 512 --peers torchvision,timm
     python tools/benchmark.py --name timm/regnetx_032 --peers timm
     python tools/benchmark.py --dtype int8 --peers openvino,onnxruntime
+    python tools/benchmark.py --dtype int8 --peers openvino,onnxruntime --pyramid
     python tools/benchmark.py --device cuda --workload infer --workload train --batch 1 --batch 8 --dtype bfloat16
 
 Every contender gets the same weights and images and must agree with torchvision, or with timm about timm's models, in
@@ -292,6 +293,7 @@ def main(
     norms_train: Annotated[
         bool, typer.Option("--norms-train", help="In training, weight and bias behind fixed statistics (bn_eval).")
     ] = False,
+    pyramid: Annotated[bool, typer.Option("--pyramid", help="In inference, P2 to P5 of a pyramid.")] = False,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     json_file: Annotated[Path | None, typer.Option("--json", help="List of results to append to.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Bar chart (PNG).")] = None,
@@ -300,28 +302,19 @@ def main(
     chosen = [peer for peer in peers.split(",") if peer]
     if unknown := set(chosen) - set(PEERS):
         raise typer.BadParameter(f"unknown peers {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
+    dtypes, workloads, names = dtype or [DtypeName.FLOAT32], workload or [Workload.INFER], name or ["resnet50"]
     if device is DeviceName.CUDA and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here; use --device cpu")
-    if DtypeName.INT8 in (dtype or []) and (device is DeviceName.CUDA or set(workload or []) - {Workload.INFER}):
+    if DtypeName.INT8 in dtypes and (device is DeviceName.CUDA or set(workloads) != {Workload.INFER}):
         raise typer.BadParameter("int8 is for inference on the CPU; take --workload infer --device cpu")
-    if of_timm := [each.removeprefix(TIMM) for each in name or [] if each.startswith(TIMM)]:
-        if Workload.DETECTOR in (workload or []):
-            raise typer.BadParameter("the detector is torchvision's on its own ResNet; take --workload infer or train")
-        try:
-            comparable = import_peer("timm").list_models(module=TIMM_FAMILIES)
-        except NotHere as reason:
-            raise typer.BadParameter(f"timm's models need timm: {reason}") from None
-        if others := [each for each in of_timm if each not in comparable]:
-            raise typer.BadParameter(
-                f"timm's models must be of its modules {', '.join(TIMM_FAMILIES)}, got {', '.join(others)}; take one "
-                "of its ResNets, ResNeXts or RegNets"
-            )
-    if norms_train and set(workload or [Workload.INFER]) != {Workload.TRAIN}:
+    if norms_train and set(workloads) != {Workload.TRAIN}:
         raise typer.BadParameter("--norms-train concerns training alone: add --workload train, and no other")
+    if pyramid and set(workloads) != {Workload.INFER}:
+        raise typer.BadParameter("--pyramid concerns inference alone: add --workload infer, and no other")
+    require_comparable([each.removeprefix(TIMM) for each in names if each.startswith(TIMM)], workloads, pyramid)
     records: list[dict[str, Any]] = []
-    dtypes, workloads = dtype or [DtypeName.FLOAT32], workload or [Workload.INFER]
-    for settings in itertools.product(workloads, name or ["resnet50"], dtypes, batch or [1]):
-        case = Case(settings[0], settings[1], settings[3], *image_size, settings[2], device, norms_train)
+    for settings in itertools.product(workloads, names, dtypes, batch or [1]):
+        case = Case(settings[0], settings[1], settings[3], *image_size, settings[2], device, norms_train, pyramid)
         # Every contender gets cuDNN's best algorithm for its shapes, and float32 means float32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             result = run_case(case, chosen, compile_peers_at or [], rounds)
@@ -334,6 +327,25 @@ def main(
         forget()
     if any("ours" in record["rejected"] for record in records):
         raise typer.Exit(1)
+
+
+def require_comparable(of_timm: Sequence[str], workloads: Sequence[Workload], pyramid: bool) -> None:
+    """Refuse models of timm's that no peer has."""
+    if not of_timm:
+        return
+    if Workload.DETECTOR in workloads or pyramid:
+        raise typer.BadParameter(
+            "detector and pyramid are torchvision's on its own ResNet; take --workload infer or train, no --pyramid"
+        )
+    try:
+        comparable = import_peer("timm").list_models(module=TIMM_FAMILIES)
+    except NotHere as reason:
+        raise typer.BadParameter(f"timm's models need timm: {reason}") from None
+    if others := [each for each in of_timm if each not in comparable]:
+        raise typer.BadParameter(
+            f"timm's models must be of its modules {', '.join(TIMM_FAMILIES)}, got {', '.join(others)}; take one "
+            "of its ResNets, ResNeXts or RegNets"
+        )
 
 
 def origin_of(case: Case) -> dict[str, Any]:

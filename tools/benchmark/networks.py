@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
-from backbone import Backbone, BackboneConfig, build_backbone
+from backbone import Backbone, BackboneConfig, FeaturePyramid, build_backbone
 from backbone.config import NormName
 
 FREEZE_AT = 2  # stem and C2, as detectors are trained
 CALIBRATION_BATCHES = 8
+PYRAMID_CHANNELS = 256
 TIMM = "timm/"  # begins the name of a model of timm's, which is compared with timm alone
 TIMM_FAMILIES = ["resnet", "regnet"]  # timm's modules whose features_only models keep the parameters' names
 
@@ -59,6 +60,7 @@ class Case:
 
     Attributes:
         norms_train: Whether weight and bias of the norms train behind their fixed statistics, in a training step.
+        pyramid: Whether a Feature Pyramid Network of 256 channels follows: P2 to P5 in place of C2 to C5.
     """
 
     workload: Workload
@@ -69,11 +71,13 @@ class Case:
     dtype_name: DtypeName
     device: DeviceName
     norms_train: bool = False
+    pyramid: bool = False
 
     def __str__(self) -> str:
         size = f"{self.batch}x3x{self.height}x{self.width}"
         norms = ", norms train" if self.norms_train else ""
-        return f"{self.workload} {self.name}, {size}, {self.dtype_name}, {self.device}{norms}"
+        pyramid = " with a pyramid" if self.pyramid else ""
+        return f"{self.workload} {self.name}{pyramid}, {size}, {self.dtype_name}, {self.device}{norms}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,7 +189,14 @@ def torchvision_network(case: Case) -> nn.Module:
     network = torchvision.models.get_model(case.name, norm_layer=norm)
     getter = IntermediateLayerGetter(network, return_layers={f"layer{n}": f"c{n + 1}" for n in range(1, 5)})
     getter.load_state_dict({**getter.state_dict(), **state_of(case.name)})
-    return case.place(getter)
+    return case.place(nn.Sequential(getter, pyramid_of(case.name)) if case.pyramid else getter)
+
+
+def pyramid_of(name: str) -> FeaturePyramidNetwork:
+    """Torchvision's pyramid on C2 to C5, the same weights every time."""
+    specs = frozen_backbone(name, 0, "frozen_bn").feature_specs
+    torch.manual_seed(0)
+    return FeaturePyramidNetwork([spec.channels for spec in specs.values()], PYRAMID_CHANNELS)
 
 
 def our_network(case: Case) -> nn.Module:
@@ -194,11 +205,16 @@ def our_network(case: Case) -> nn.Module:
     network.load_state_dict(
         {f"network.{k}" if case.name.startswith(TIMM) else k: v for k, v in state_of(case.name).items()}
     )
+    if case.pyramid:
+        network = FeaturePyramid(network, out_channels=PYRAMID_CHANNELS)
+        network.fpn.load_state_dict(pyramid_of(case.name).state_dict())
     return detector(case, Body(network)) if case.workload is Workload.DETECTOR else case.place(network)
 
 
 def timm_network(case: Case) -> nn.Module:
     """Timm's features_only network; its own frozen norms where it trains."""
+    if case.pyramid:
+        raise NotHere("has no pyramid")
     network = timm_features(case.name)
     network.load_state_dict(state_of(case.name))
     freeze_norms = import_peer("timm.layers").freeze_batch_norm_2d
@@ -215,6 +231,8 @@ def detectron2_network(case: Case) -> nn.Module:
     """Detectron2's ResNet with its own frozen norms and torchvision's place of the stride."""
     if case.name.startswith(TIMM):
         raise NotHere("takes part with torchvision's models only")
+    if case.pyramid:
+        raise NotHere("its pyramid has other names; torchvision's is compared")
     if case.norms_train:
         raise NotHere("its norms are frozen, or move their statistics")
     resnet, config = import_peer("detectron2.modeling.backbone.resnet"), import_peer("detectron2.config")
