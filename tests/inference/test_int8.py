@@ -744,6 +744,10 @@ def test_inside_torchvisions_detector() -> None:
     assert [list(each) for each in found] == [list(each) for each in expected]
     maps, wanted = fast.backbone(batches()[0]), detector.backbone(batches()[0])
     assert min(cosine(maps[name], wanted[name]) for name in wanted) > 0.99
+    with torch.autocast("cpu", torch.bfloat16):  # is for the heads
+        fast(images[0])
+        again = fast.backbone(batches()[0])
+    assert all(torch.equal(again[name], maps[name]) for name in maps)
     with pytest.raises(ValueError, match="batches as RetinaNet takes them, got dict as batch 0"):
         in_int8(detector, calibration=[{"pixel_values": batches()[0]}])
 
