@@ -6,7 +6,8 @@ face: nothing outside of this folder imports more, but for ``backbone.inference`
 """
 
 from backbone.engine.calls import has_hook, has_hook_within
-from backbone.engine.known import Parts, register_block, register_pairs, register_sequence
+from backbone.engine.folded import mlp
+from backbone.engine.known import Parts, register_block, register_mlp, register_pairs, register_sequence
 from backbone.engine.operation import conv_norm_act, residual_block, run_blocks
 from backbone.engine.report import EngineReport, engine_report
 from backbone.engine.stem import stem
@@ -20,7 +21,9 @@ __all__ = [
     "engine_report",
     "has_hook",
     "has_hook_within",
+    "mlp",
     "register_block",
+    "register_mlp",
     "register_pairs",
     "register_sequence",
     "residual_block",

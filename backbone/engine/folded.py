@@ -45,7 +45,20 @@ class Prepared(NamedTuple):
     winograd: WinogradConv | None = None
 
 
-class FoldedConv2d(nn.Conv2d):
+class Follows:
+    """What a layer of an inference copy may do besides: compute the layers after it, too."""
+
+    def followed_by(self, act: nn.Module, last: nn.Module, x: Tensor) -> Tensor | None:
+        """Return ``last(act(self(x)))``; None where the modules are to be called."""
+        return None
+
+
+def mlp(x: Tensor, first: nn.Module, act: nn.Module, last: nn.Module) -> Tensor | None:
+    """Return ``last(act(first(x)))`` of a block's two linear layers; None where the modules are to be called."""
+    return first.followed_by(act, last, x) if isinstance(first, Follows) else None
+
+
+class FoldedConv2d(Follows, nn.Conv2d):
     """A convolution that carries its norm in weight and bias, for inference.
 
     ``optimize_for_inference`` puts it where a convolution was; the norm after it becomes an Identity.
@@ -271,7 +284,7 @@ def prepared_bytes() -> int:
     return sum(conv.prepared_bytes() for conv in list(_holders))
 
 
-class QuickLinear(nn.Linear):
+class QuickLinear(Follows, nn.Linear):
     """A linear layer for inference, which runs by oneDNN where that is the quicker library.
 
     ``optimize_for_inference`` makes every ``nn.Linear`` one.

@@ -17,6 +17,8 @@ from backbone.engine import torch_internals
 from backbone.engine.kernels import Geometry
 
 Activation: TypeAlias = Literal["none", "relu", "relu6", "silu", "hardswish"]
+Gelu: TypeAlias = Literal["none", "tanh"]
+"""How it is approximated, as torch calls it."""
 
 HIGHEST: Final = 255
 """Of an activation's code; the lowest is 0."""
@@ -147,9 +149,15 @@ def _of_mean(weight: Tensor, mean: Tensor) -> Tensor:
     return (taps @ mean[:, :, None]).flatten()
 
 
-def encode(x: Tensor, codes: Codes) -> Tensor:
-    """Return ``x`` in codes, uint8 and channels_last: values beyond the range become its ends."""
-    scaled = x.float() * (1 / codes.scale)
+def encode(x: Tensor, codes: Codes, per_channel: Tensor | None = None) -> Tensor:
+    """Return ``x`` in codes, uint8 and channels_last: values beyond the range become its ends.
+
+    Args:
+        x: Of any shape.
+        codes: What they stand for.
+        per_channel: (C,) what the numbers of each channel, the last dimension, are divided by first.
+    """
+    scaled = x.float() * (1 / codes.scale if per_channel is None else 1 / (codes.scale * per_channel))
     scaled = scaled.add_(codes.zero_point + 0.5).clamp_(0, HIGHEST + 0.5)  # truncated below: rounds to the nearest
     layout = torch.channels_last if scaled.ndim == 4 else torch.preserve_format  # noqa: PLR2004
     return scaled.to(torch.uint8, memory_format=layout)  # bytes are moved, not floats
@@ -224,6 +232,50 @@ def simulate(
         assert of_residual is not None
         out = out + decode(residual, of_residual)
     out = ACTIVATIONS[act](out)
+    return out if of_out is None else encode(out, of_out)
+
+
+def has_int8_linear() -> bool:
+    """Whether oneDNN's 8-bit matrix product runs here."""
+    return torch_internals.HAS_INT8_LINEAR and bool(torch.backends.mkldnn.enabled)
+
+
+def why_no_int8_linear() -> str:
+    """Return the reason why it does not."""
+    return torch_internals.PATHS[torch_internals.INT8_LINEAR].reason or "torch.backends.mkldnn is disabled"
+
+
+def packed_linear(weight: Int8Weight) -> Int8Weight:
+    """Return a weight (C_out, C_in, 1, 1) in the layout of the matrix product, for any number of rows."""
+    return weight._replace(values=torch_internals.qlinear_prepack(weight.plain.flatten(1), None))
+
+
+def unpacked_linear(weight: Int8Weight) -> Int8Weight:
+    """Return what ``packed_linear`` was given."""
+    return weight._replace(values=weight.values.to_dense().T[:, :, None, None])
+
+
+def multiply(
+    rows: Tensor, of_rows: Codes, weight: Int8Weight, gelu: Gelu | None, of_out: Codes | None, *, kernels: bool
+) -> Tensor:
+    """Return ``gelu(rows @ weight.T + bias)``, in codes, or in float32 where ``of_out`` is None.
+
+    Args:
+        rows: Codes (M, C_in), uint8.
+        of_rows: What they stand for.
+        weight: From ``packed_linear``, or a plain one without kernels.
+        gelu: What follows, if anything does.
+        of_out: What the codes of the result stand for.
+        kernels: Whether oneDNN multiplies, rather than torch in float32.
+    """
+    if kernels:
+        out_scale, out_zero, dtype = (1.0, 0, torch.float32) if of_out is None else (*of_out, torch.uint8)
+        act, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
+        return torch_internals.qlinear_pointwise(
+            rows, *of_rows, *weight[:4], out_scale, out_zero, dtype, act, [], algorithm
+        )
+    out = F.linear(decode(rows, of_rows), weight.floats().flatten(1), weight.bias)
+    out = out if gelu is None else F.gelu(out, approximate=gelu)
     return out if of_out is None else encode(out, of_out)
 
 

@@ -28,6 +28,7 @@ class Parts(NamedTuple):
 
 Block = TypeVar("Block", bound=nn.Module)
 _blocks: dict[type[nn.Module], Callable[[nn.Module], Parts | None]] = {}
+_mlps: dict[type[nn.Module], tuple[str, str, str]] = {}
 _pairs: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {}
 _forwards: Final[dict[type[nn.Module], Callable[..., object]]] = {}
 """What the ``forward`` of each class was when it was registered: a tool may put another in its place."""
@@ -54,6 +55,24 @@ def register_pairs(cls: type[nn.Module], *pairs: tuple[str, str]) -> None:
     """
     _pairs[cls] = pairs
     _forwards[cls] = cls.forward
+
+
+def register_mlp(cls: type[nn.Module], first: str, act: str, last: str) -> None:
+    """Let inference copies compute the two linear layers, or 1x1 convolutions, of exactly the class ``cls`` in one.
+
+    Args:
+        cls: A class whose ``forward`` asks ``mlp``, and else calls the children of these names one after the other,
+            with idle layers in between.
+        first: Name of the first layer.
+        act: Name of the activation between.
+        last: Name of the last layer.
+    """
+    _mlps[cls] = (first, act, last)
+
+
+def mlp_of(module: nn.Module) -> tuple[str, str, str] | None:
+    """Return the names of first layer, activation and last layer, if ``module`` is of exactly a registered class."""
+    return _mlps.get(type(module))
 
 
 def register_sequence(cls: type[nn.Module]) -> None:

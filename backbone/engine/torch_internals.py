@@ -301,6 +301,22 @@ def _onednn_convolves_in_int8() -> bool:
     )
 
 
+def _onednn_multiplies_in_int8() -> bool:
+    """With a zero point, in float32 and, behind a GELU, in codes."""
+    ops = _int8_linear.found
+    x, weight, scale, bias = _eight_bits()
+    x, weight = x.flatten(2)[0].T.contiguous(), weight.flatten(1)[:, :8].contiguous()
+    zeros = torch.zeros(8, dtype=torch.int32, device="cpu")
+    given = (x, 0.02, 13, ops["qlinear_prepack"](weight, None), scale, zeros, bias)
+    plain = F.linear((x.float() - 13) * 0.02, weight.float() * scale[:, None], bias)
+    floats = ops["qlinear_pointwise"](*given, 1.0, 0, torch.float32, "none", [], "")
+    step = float(plain.abs().max()) / 100
+    codes = ops["qlinear_pointwise"](*given, step, 120, torch.uint8, "gelu", [], "none")
+    return _close(floats, plain, 1e-4 * float(plain.abs().max())) and _close(
+        codes.float(), (F.gelu(plain) / step).round() + 120, 1
+    )
+
+
 def _half_precision_answers() -> bool:
     return all(type(supported()) is bool for supported in _half.found.values())
 
@@ -369,6 +385,12 @@ _int8 = Path(
     needs_onednn=True,
     needs_vnni=True,
 )
+_int8_linear = Path(
+    ("ops.onednn.qlinear_pointwise", "ops.onednn.qlinear_prepack"),
+    _onednn_multiplies_in_int8,
+    needs_onednn=True,
+    needs_vnni=True,
+)
 _half = Path(
     ("ops.mkldnn._is_mkldnn_bf16_supported", "ops.mkldnn._is_mkldnn_fp16_supported"),
     _half_precision_answers,
@@ -379,12 +401,14 @@ _cudnn = Path(("cudnn_convolution_relu", "cudnn_convolution_add_relu"), _looked_
 _calls: Final = _told_apart.found
 
 INT8: Final = "8-bit convolution of oneDNN"
+INT8_LINEAR: Final = "8-bit matrix product of oneDNN"
 PATHS: Final[dict[str, Path]] = {
     "look at calls": _told_apart,
     "fused convolution of oneDNN": _onednn,
     "weight packing of oneDNN": _packing,
     "matrix product of oneDNN": _linear,
     INT8: _int8,
+    INT8_LINEAR: _int8_linear,
     "half precision of oneDNN": _half,
     "gradient": _backward,
     "fused convolution of cuDNN": _cudnn,
@@ -398,6 +422,7 @@ HAS_ONEDNN: Final = _onednn.is_on
 PACKS: Final = _onednn.is_on and _packing.is_on
 HAS_LINEAR: Final = _linear.is_on
 HAS_INT8: Final = _int8.is_on
+HAS_INT8_LINEAR: Final = _int8_linear.is_on
 HAS_GRADIENT: Final = _backward.is_on
 
 
@@ -412,6 +437,8 @@ linear_pointwise: Final[Kernel] = _linear.found.get("_linear_pointwise", _unavai
 qconv2d_pointwise: Final[Kernel] = getattr(_int8.found.get("qconv2d_pointwise"), "default", _unavailable)
 qconv2d_pointwise_binary: Final[Kernel] = getattr(_int8.found.get("qconv2d_pointwise"), "binary", _unavailable)
 qconv_prepack: Final[Kernel] = _int8.found.get("qconv_prepack", _unavailable)
+qlinear_pointwise: Final[Kernel] = getattr(_int8_linear.found.get("qlinear_pointwise"), "default", _unavailable)
+qlinear_prepack: Final[Kernel] = _int8_linear.found.get("qlinear_prepack", _unavailable)
 convolution_backward: Final[Any] = _backward.found.get("convolution_backward", _unavailable)
 threshold_backward: Final[Any] = _backward.found.get("threshold_backward", _unavailable)
 cudnn_convolution_relu: Final[Kernel] = _cudnn.found.get("cudnn_convolution_relu", _unavailable)

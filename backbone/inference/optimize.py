@@ -131,9 +131,9 @@ def optimize_for_inference(
     model.eval()  # adapters that list their parameters forget those that were folded
     in_int8: tuple[LayerChoice, ...] = ()
     if dtype == torch.int8:
-        method, more = compute_in_int8(model, calibration, max_error, keep_weights)
-        in_int8, folded = method.choices, folded + more
-        model.calibration = method.calibration  # type: ignore[assignment]
+        in_int8, ranges, more = compute_in_int8(model, calibration, max_error, keep_weights)
+        folded += more
+        model.calibration = ranges  # type: ignore[assignment]
     if cuda_graphs and not torch.cuda.is_available():
         warnings.warn(
             "cuda_graphs=True needs a CUDA device, and torch sees none here: until the copy is moved to one it runs "

@@ -33,8 +33,8 @@ def evaluate(
 ) -> None:
     """Check, load, measure.
 
-    With ``dtype`` a copy for inference is measured whose backbone computes in it, and the heads in float32, whatever
-    the recipe's precision. In int8 the first images of the split ``train``, as many as ``calibration``, tell the ranges.
+    With ``dtype`` a copy for inference is measured whose backbone computes in it, and its heads in float32, whatever
+    the recipe's precision. In int8 the first images of the split ``train``, ``calibration`` of them, tell the ranges.
     """
     device = "cpu" if dtype == "int8" and device == "auto" else device
     with readable_errors(ValueError, OSError):

@@ -5,9 +5,9 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ class Calibration:
             exact inputs, in units of the output's root mean square.
         apart: Sums that are computed by themselves.
         num_images: How many images there were.
+        per_channel: Of inputs of linear layers what each channel is divided by before it is written.
     """
 
     fingerprint: str
@@ -44,13 +45,16 @@ class Calibration:
     errors: Mapping[str, float]
     apart: tuple[str, ...]
     num_images: int
+    per_channel: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def means_of(self, name: str) -> Means:
+        """Return the ``means`` of a value as tensors."""
+        value, lost = self.means[name]
+        return Means(torch.tensor(value, device="cpu"), torch.tensor(lost, device="cpu"))
 
     def input_means(self) -> dict[str, Means]:
         """Return ``means`` as tensors."""
-        return {
-            name: Means(torch.tensor(value, device="cpu"), torch.tensor(lost, device="cpu"))
-            for name, (value, lost) in self.means.items()
-        }
+        return {name: self.means_of(name) for name in self.means}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as JSON to ``path``, whose folder must exist."""
@@ -71,7 +75,8 @@ class Calibration:
                 raise KeyError("format")
             codes = {name: Codes(float(scale), int(zero)) for name, (scale, zero) in read.pop("codes").items()}
             means = {name: (tuple(value), tuple(lost)) for name, (value, lost) in read.pop("means").items()}
-            return cls(codes=codes, means=means, apart=tuple(read.pop("apart")), **read)
+            per_channel = {name: tuple(value) for name, value in read.pop("per_channel", {}).items()}
+            return cls(codes=codes, means=means, apart=tuple(read.pop("apart")), per_channel=per_channel, **read)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{path}: must be what Calibration.save wrote, got something else ({error!r}); calibrate anew and save"
@@ -107,6 +112,15 @@ class Observer:
             self._kept.append(images[:missing].detach().clone())
         return filled(self.network.result, values.__getitem__)
 
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """Return the convolutions by path."""
+        return [(step.path, step.module) for step in self.network.convs()]
+
+    def watch(self, stack: ExitStack) -> None:
+        """Stand in for the method until ``stack`` closes."""
+        setattr(self.root, self.root.traced_method, self)
+        stack.callback(delattr, self.root, self.root.traced_method)
+
     def calibration(self) -> Calibration:
         """Return what was seen."""
         codes = {name: histogram.codes() for name, histogram in self._histograms.items()}
@@ -117,7 +131,7 @@ class Observer:
         return Calibration(
             self.network.fingerprint,
             codes,
-            {name: (_numbers(of.value), _numbers(of.lost)) for name, of in means.items()},
+            {name: (numbers(of.value), numbers(of.lost)) for name, of in means.items()},
             self._errors(codes, means),
             tuple(sorted(self.apart)),
             self.num_images,
@@ -223,7 +237,7 @@ def _named(network: Network) -> set[str]:
     return names
 
 
-def _numbers(values: Tensor) -> tuple[float, ...]:
+def numbers(values: Tensor) -> tuple[float, ...]:
     """Return the seven digits that float32 has."""
     return tuple(float(f"{value:.7g}") for value in values.tolist())
 
@@ -241,12 +255,27 @@ def _written(step: Conv, values: Mapping[str, Tensor], codes: Mapping[str, Codes
     return decode(encode(out, codes[step.out]), codes[step.out])
 
 
-def calibrate(model: nn.Module, root: Backbone, batches: Iterable[Any]) -> Calibration:
-    """Let ``model`` see ``batches`` and return what its backbone ``root`` showed.
+class Watching(Protocol):
+    """Who looks at a network while calibration images pass."""
+
+    num_images: int
+
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """Return what may compute in 8 bits, by path."""
+
+    def watch(self, stack: ExitStack) -> None:
+        """Look at the calls until ``stack`` closes."""
+
+    def calibration(self) -> Calibration:
+        """Return what was seen."""
+
+
+def calibrate(model: nn.Module, observer: Watching, batches: Iterable[Any]) -> Calibration:
+    """Let ``model`` see ``batches`` and return what ``observer`` saw of its backbone.
 
     Args:
         model: An inference copy, in floats.
-        root: The backbone in it.
+        observer: Of the backbone in it.
         batches: Images as ``model`` takes them.
 
     Raises:
@@ -256,15 +285,13 @@ def calibrate(model: nn.Module, root: Backbone, batches: Iterable[Any]) -> Calib
 
     from backbone.console import errors
 
-    observer = Observer(root)
-    for step in observer.network.convs():
-        if not all(torch.isfinite(each).all() for each in step.module.parameters()):
+    for path, layer in observer.layers():
+        if not all(torch.isfinite(each).all() for each in layer.parameters()):
             raise ValueError(
-                f"weights must be finite to be written in 8 bits, got NaN or infinity in {step.path}; load others"
+                f"weights must be finite to be written in 8 bits, got NaN or infinity in {path}; load others"
             )
     with ExitStack() as stack, torch.inference_mode():
-        setattr(root, root.traced_method, observer)
-        stack.callback(delattr, root, root.traced_method)
+        observer.watch(stack)
         shown = track(batches, "calibrating", console=errors, transient=True, disable=not errors.is_terminal)
         for number, batch in enumerate(shown):
             try:

@@ -3,10 +3,10 @@
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from backbone.engine import switch
 from backbone.engine.calls import has_hook, is_watched, needs_grad
 from backbone.engine.folded import FoldedConv2d
-from backbone.engine.int8 import has_int8, why_no_int8
+from backbone.engine.int8 import has_int8, has_int8_linear, why_no_int8, why_no_int8_linear
 from backbone.engine.torch_internals import is_any_hooked
 from backbone.features import Backbone, input_channels, require_images
-from backbone.inference.int8.calibration import Calibration, calibrate
+from backbone.inference.int8.by_module import LayerObserver, Layers
+from backbone.inference.int8.calibration import Calibration, Observer, calibrate
 from backbone.inference.int8.kernel import IN_INT8, Int8Conv2d
+from backbone.inference.int8.linear import InRows
 from backbone.inference.int8.program import Program
 from backbone.inference.int8.tracing import Network, fold_by_flow, trace
 
@@ -115,13 +117,27 @@ def in_floats_again(model: nn.Module) -> None:
     for method in int8_methods(model):
         delattr(method.root, method.root.traced_method)
     for module in model.modules():
-        if isinstance(module, Int8Conv2d):
+        if isinstance(module, Int8Conv2d | InRows):
             module.plain_again()
+
+
+class InInt8(NamedTuple):
+    """What was done.
+
+    Attributes:
+        choices: What each layer computes in.
+        calibration: What calibration images showed.
+        folded: How many norms were folded on the way.
+    """
+
+    choices: tuple[LayerChoice, ...]
+    calibration: Calibration
+    folded: int
 
 
 def compute_in_int8(
     model: nn.Module, calibration: CalibrationSource | None, max_error: float, keep_weights: bool
-) -> tuple[Int8Method, int]:
+) -> InInt8:
     """Let the backbone in ``model`` compute in 8 bits, in place.
 
     Args:
@@ -129,9 +145,6 @@ def compute_in_int8(
         calibration: Batches of images as ``model`` takes them, or what earlier ones showed, or a file of that.
         max_error: Largest error of a convolution that computes in 8 bits.
         keep_weights: Whether plain weights stay beside those in 8 bits.
-
-    Returns:
-        What stands in for the backbone's method, and how many norms were folded on the way.
 
     Raises:
         ValueError: If the network or its calibration does not suit.
@@ -150,48 +163,79 @@ def compute_in_int8(
             f"calibration must be an iterable of batches, got a {type(calibration).__name__}; give [batch, ...]"
         )
     inner = _backbone_of(model)
+    done = _by_flow if not _unfolded(inner) else _by_module
+    return done(model, inner, calibration, max_error, keep_weights)
+
+
+def _by_flow(
+    model: nn.Module, inner: Backbone, calibration: Calibration | Iterable[Any], max_error: float, keep_weights: bool
+) -> InInt8:
+    """Let a network of convolutions compute in 8 bits from its images to its features."""
     root = _with_pyramid(model, inner)
     if hooked := _watched(root):
         raise ValueError(
             f"dtype=torch.int8 needs modules that nobody watches, got hooks on {', '.join(hooked[:3])}; remove them"
         )
     folded = fold_by_flow(root, keep_weights)
-    if unfolded := _unfolded(root):
-        name, norm = unfolded[0]
+    if not isinstance(calibration, Calibration):
+        calibration = calibrate(model, Observer(root), calibration)
+    network = trace(root, frozenset(calibration.apart))
+    _require_same(network.fingerprint, calibration)
+    convs = {step.path: step.module for step in network.convs()}
+    choices = _choose(convs, calibration, max_error)
+    in_int8 = {choice.name for choice in choices if choice.dtype == torch.int8}
+    for path, conv in convs.items():
+        if path in in_int8 and type(conv) in IN_INT8:  # once, if it is called more than once
+            conv.__class__ = IN_INT8[type(conv)]
+    setattr(root, root.traced_method, Int8Method(root, network, calibration, choices))
+    if not has_int8():
+        _warn_of_floats("convolutions do", why_no_int8())
+    return InInt8(choices, calibration, folded)
+
+
+def _by_module(
+    model: nn.Module, inner: Backbone, calibration: Calibration | Iterable[Any], max_error: float, _keep_weights: bool
+) -> InInt8:
+    """Let the linear layers of a network compute in 8 bits, one by one."""
+    layers = Layers(inner)
+    if not layers.layers:
+        name, norm = _unfolded(inner)[0]
         raise ValueError(
-            f"dtype=torch.int8 needs norms that fold into convolutions, got {type(norm).__name__} at {name}, "
-            f"which depends on its input and would turn codes into floats and back; use dtype=torch.bfloat16"
+            f"dtype=torch.int8 needs linear layers, or norms that fold into convolutions, got {type(norm).__name__} at "
+            f"{name}, which depends on its input and would turn codes into floats and back; use dtype=torch.bfloat16"
         )
     if not isinstance(calibration, Calibration):
-        calibration = calibrate(model, root, calibration)
-    network = trace(root, frozenset(calibration.apart))
-    if network.fingerprint != calibration.fingerprint:
+        calibration = calibrate(model, LayerObserver(layers), calibration)
+    _require_same(layers.fingerprint, calibration)
+    seen = {path: layer for path, layer in layers.layers.items() if path in calibration.errors}
+    choices = _choose(seen, calibration, max_error)
+    layers.convert(calibration, frozenset(choice.name for choice in choices if choice.dtype == torch.int8))
+    if not has_int8_linear():
+        _warn_of_floats("products do", why_no_int8_linear())
+    return InInt8(choices, calibration, 0)
+
+
+def _warn_of_floats(what: str, reason: str) -> None:
+    warnings.warn(
+        f"8-bit {what} not run here, the copy computes the same by float32, slower than a float copy: {reason}",
+        stacklevel=5,
+    )
+
+
+def _require_same(fingerprint: str, calibration: Calibration) -> None:
+    if fingerprint != calibration.fingerprint:
         raise ValueError(
             f"calibration must be of the same network, got that of another ({calibration.fingerprint} in place of "
-            f"{network.fingerprint}); calibrate this one by images"
+            f"{fingerprint}); calibrate this one by images"
         )
-    choices = _choose(network, calibration, max_error)
-    in_int8 = {choice.name for choice in choices if choice.dtype == torch.int8}
-    for step in network.convs():
-        if step.path in in_int8 and type(step.module) in IN_INT8:  # once, if it is called more than once
-            step.module.__class__ = IN_INT8[type(step.module)]
-    method = Int8Method(root, network, calibration, choices)
-    setattr(root, root.traced_method, method)
-    if not has_int8():
-        warnings.warn(
-            f"8-bit convolutions do not run here, the copy computes the same by float32, slower than a float copy: "
-            f"{why_no_int8()}",
-            stacklevel=3,
-        )
-    return method, folded
 
 
-def _choose(network: Network, calibration: Calibration, max_error: float) -> tuple[LayerChoice, ...]:
+def _choose(layers: Mapping[str, nn.Module], calibration: Calibration, max_error: float) -> tuple[LayerChoice, ...]:
     choices = []
-    for step in network.convs():
-        error = calibration.errors[step.path]
-        dtype = torch.int8 if error <= max_error else step.module.bias.dtype  # type: ignore[union-attr]
-        choices.append(LayerChoice(step.path, dtype, error))
+    for path, layer in layers.items():
+        error = calibration.errors[path]
+        dtype = torch.int8 if error <= max_error else next(layer.parameters()).dtype
+        choices.append(LayerChoice(path, dtype, error))
     return tuple(choices)
 
 

@@ -1,0 +1,188 @@
+"""Linear layers and 1x1 convolutions in 8 bits, called as the modules they are: for networks whose norms do not fold.
+
+Each writes its input in codes and gives floats. Of the two layers of an MLP the first gives codes, behind its GELU, and
+the second takes them.
+"""
+
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from backbone.engine import switch
+from backbone.engine.calls import compute_dtype, has_hook, is_plain, is_watched, needs_grad
+from backbone.engine.folded import FoldedConv2d, QuickLinear
+from backbone.engine.int8 import (
+    Codes,
+    Gelu,
+    Int8Weight,
+    Means,
+    encode,
+    has_int8_linear,
+    int8_weight,
+    multiply,
+    packed_linear,
+    unpacked_linear,
+)
+
+_GELUS: Final[dict[str, Gelu]] = {
+    "timm.layers.activations.GELU": "none",
+    "timm.layers.activations.GELUTanh": "tanh",
+}
+
+
+class Written(NamedTuple):
+    """How a layer's input is written in 8 bits.
+
+    Attributes:
+        codes: What codes stand for.
+        per_channel: (C_in,) what the input is divided by first, and the weight multiplied by; None for nothing.
+        means: Of what is written, by channel.
+    """
+
+    codes: Codes
+    per_channel: Tensor | None
+    means: Means
+
+
+class _Source(NamedTuple):
+    """What an 8-bit weight was made from, held so that no other tensor can take its place in memory."""
+
+    weight: Tensor
+    bias: Tensor | None
+    values: tuple[object, ...]
+    held: tuple[Tensor, ...]
+
+
+def rows_of(x: Tensor, layer: object) -> Tensor:
+    """Return what ``layer`` takes, (..., C) or features (N, C, H, W) of a convolution, as rows (M, C)."""
+    return (x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else x).reshape(-1, _channels(x, layer))
+
+
+def _channels(x: Tensor, layer: object) -> int:
+    return x.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+
+
+def _like(x: Tensor, rows: Tensor, layer: object) -> Tensor:
+    """Return ``rows`` (M, C_out), which came of those of ``x``, as ``layer`` gives them."""
+    if isinstance(layer, nn.Conv2d):
+        return rows.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)  # channels_last
+    return rows.view(*x.shape[:-1], -1)
+
+
+class InRows:
+    """What both kinds of layers have in common."""
+
+    in_floats: ClassVar[type[nn.Module]]
+    written: Written
+    _int8: Int8Weight | None = None
+    _source: _Source | None = None
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether 8 bits may stand in for the layer's floats: nobody watches, and no gradient is wanted."""
+        parameters: dict[str, Tensor | None] = self._parameters  # type: ignore[attr-defined]
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if weight is None or is_watched(x) or x.device.type != "cpu" or not x.is_floating_point():
+            return False
+        return is_plain(weight) and (bias is None or is_plain(bias)) and not needs_grad(x, weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer in floats."""
+        if not self.takes(x):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        with torch.no_grad():
+            return _like(x, self.product(self.codes_of(x), None, None), self).to(compute_dtype(x))
+
+    def followed_by(self, act: nn.Module, last: nn.Module, x: Tensor) -> Tensor | None:
+        """Return ``last(act(self(x)))``, with codes in between; None where the modules are to be called."""
+        gelu = gelu_of(act)
+        if gelu is None or not isinstance(last, InRows) or last.written.per_channel is not None:
+            return None
+        if not self.takes(x) or not last.takes(x) or any(map(has_hook, (self, act, last))):  # type: ignore[arg-type]
+            return None
+        with torch.no_grad():
+            hidden = self.product(self.codes_of(x), gelu, last.written.codes)
+            return _like(x, last.product(hidden, None, None), last).to(compute_dtype(x))
+
+    def codes_of(self, x: Tensor) -> Tensor:
+        """Return the input in codes (M, C_in)."""
+        return encode(rows_of(x, self), self.written.codes, self.written.per_channel)
+
+    def product(self, codes: Tensor, gelu: Gelu | None, of_out: Codes | None) -> Tensor:
+        """Codes (M, C_in) -> codes or float32 (M, C_out)."""
+        kernels = switch.is_on() and has_int8_linear()
+        weight = self._weight_in_8_bits()
+        is_packed = weight.values.layout is not torch.strided
+        if kernels and not is_packed:
+            weight = self._int8 = packed_linear(weight)
+        elif is_packed and not kernels:
+            weight = unpacked_linear(weight)
+        return multiply(codes, self.written.codes, weight, gelu, of_out, kernels=kernels)
+
+    def _weight_in_8_bits(self) -> Int8Weight:
+        """Return the weight in 8 bits, written anew where it has changed since; the ranges stay."""
+        parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
+        weight, bias, source = parameters["weight"], parameters.get("bias"), self._source
+        values = _values(weight, bias)
+        is_same = source is not None and source.weight is weight and source.bias is bias and source.values == values
+        if self._int8 is None or not is_same:
+            with torch.inference_mode(False):
+                held = tuple(each.detach() for each in (weight, bias) if each is not None)
+                self._int8, self._source = in_8_bits(weight, bias, self.written), _Source(weight, bias, values, held)
+        return self._int8
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made again."""
+        getstate: Any = getattr(super(), "__getstate__")  # noqa: B009 - a convolution's own, or object's
+        return {**getstate(), "_int8": None, "_source": None}
+
+    def plain_again(self) -> None:
+        """Become the layer of a float copy again, in place."""
+        for name in ("written", "_int8", "_source"):
+            self.__dict__.pop(name, None)
+        self.__class__ = self.in_floats  # type: ignore[assignment]
+
+
+class Int8Linear(InRows, QuickLinear):
+    """A linear layer in 8 bits: (..., C_in) -> (..., C_out)."""
+
+    in_floats = QuickLinear
+
+
+class Int8Pointwise(InRows, FoldedConv2d):
+    """A 1x1 convolution in 8 bits: features (N, C_in, H, W) -> (N, C_out, H, W)."""
+
+    in_floats = FoldedConv2d
+
+
+Layer: TypeAlias = QuickLinear | FoldedConv2d
+IN_ROWS: Final[dict[type[nn.Module], type[InRows]]] = {QuickLinear: Int8Linear, FoldedConv2d: Int8Pointwise}
+"""What each class of an inference copy becomes."""
+
+
+def as_linear(weight: Tensor) -> Tensor:
+    """Return the weight of a linear layer or of a 1x1 convolution as (C_out, C_in)."""
+    return weight.detach().float().flatten(1)
+
+
+def in_8_bits(weight: Tensor, bias: Tensor | None, written: Written) -> Int8Weight:
+    """Return a weight in 8 bits, for an input that is written so."""
+    floats = as_linear(weight)
+    floats = floats if written.per_channel is None else floats * written.per_channel
+    given = floats.new_zeros(len(floats)) if bias is None else bias
+    return int8_weight(floats[:, :, None, None], given, 1, written.means)
+
+
+def gelu_of(act: nn.Module) -> Gelu | None:
+    """Return how ``act`` approximates GELU; None where it is none."""
+    if type(act) is nn.GELU:
+        return act.approximate  # type: ignore[return-value]
+    return _GELUS.get(f"{type(act).__module__}.{type(act).__qualname__}")
+
+
+def _values(weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
+    """Where the tensors lie and how often they were written; something new at every call where nobody counts that."""
+    tensors = [each for each in (weight, bias) if each is not None]
+    if any(each.requires_grad or each.is_inference() for each in tensors):
+        return (object(),)
+    return tuple((each.data_ptr(), each._version) for each in tensors)
