@@ -34,7 +34,7 @@ class Optimization:
             no convolution.
         dtype: What the feature extractors compute in.
         linear: Number of linear layers that run by oneDNN in float32 on a CPU with AVX-512, and as before elsewhere.
-        int8: With ``dtype=torch.int8`` what each convolution of the backbone computes in, and its error in 8 bits.
+        int8: With ``dtype=torch.int8`` what each layer that may compute in 8 bits computes in, and its error in them.
     """
 
     folded: int
@@ -60,7 +60,7 @@ class Optimization:
         worst = max(
             (choice for choice in self.int8 if choice.dtype == torch.int8), key=lambda each: each.error, default=None
         )
-        text = f"computes in int8 in {len(self.int8) - len(left)} of {len(self.int8)} convolutions"
+        text = f"computes in int8 in {len(self.int8) - len(left)} of {len(self.int8)} layers"
         text += "" if worst is None else f", of which {worst.name} loses most ({worst.error:.1%})"
         return text + (f"; left in floats: {', '.join(left)}" if left else "")
 
@@ -99,7 +99,7 @@ def optimize_for_inference(
         calibration: For ``dtype=torch.int8``: 50 to 300 images, in batches as the model takes them, whose values tell
             which numbers 8 bits must write. Or the ``calibration`` of an earlier copy, or a file that its ``save``
             wrote.
-        max_error: For ``dtype=torch.int8``: convolutions whose output would lose more stay in floats. In units of the
+        max_error: For ``dtype=torch.int8``: layers whose output would lose more stay in floats. In units of the
             output's root mean square, for exact inputs, on the first calibration images.
 
     Raises:

@@ -59,7 +59,7 @@ def test_an_inference_copy_is_measured_in_its_dtype(
     options = ["--weights", f"{tmp_path}/run/model.pth", "--json", f"{tmp_path}/m.json"]
     for given, told in {
         ("--dtype", "float32"): "folded 20 norms",
-        ("--dtype", "int8", "--calibration", "2"): "computes in int8 in 28 of 28 convolutions",
+        ("--dtype", "int8", "--calibration", "2"): "computes in int8 in 28 of 28 layers",
     }.items():
         result = invoke("evaluate", settings, data, tmp_path / "evaluation", *options, *given)
         assert result.exit_code == 0, result.output

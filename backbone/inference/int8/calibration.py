@@ -32,7 +32,7 @@ class Calibration:
         fingerprint: Tells the network it belongs to.
         codes: Scale and zero point of each value, by name.
         means: Of each value that a convolution takes: its mean by channel, and what codes lose of it.
-        errors: What 8 bits cost each convolution, by its path: the root of the mean squared error of its output for
+        errors: What 8 bits cost each layer, by its path: the root of the mean squared error of its output for
             exact inputs, in units of the output's root mean square.
         apart: Sums that are computed by themselves.
         num_images: How many images there were.

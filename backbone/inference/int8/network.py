@@ -33,10 +33,10 @@ _turn: Final = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """What one convolution computes in.
+    """What one layer computes in.
 
     Attributes:
-        name: Its path in the backbone.
+        name: Its path in the backbone or pyramid.
         dtype: torch.int8, or the dtype it had.
         error: What 8 bits cost it on the calibration images: the root of the mean squared error of its output for exact
             inputs, in units of the output's root mean square.
