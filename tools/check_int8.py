@@ -1,10 +1,14 @@
 """How close an int8 copy's features are to floats: cosines by level, on photos that calibrated nothing.
 
     python tools/check_int8.py --name resnet50 --weights resnet50.pth --photos folder
+    python tools/check_int8.py --name timm/convnext_tiny --photos folder --time 480 640
 
-A fifth of the photos is compared; random crops of the others, 100 in all, are the calibration.
+A fifth of the photos is compared; random crops of the others, 100 in all, are the calibration. With ``--time`` our
+copies in float32, bf16 and int8 are timed, too, in shuffled rounds of one image.
 """
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone import BackboneConfig, build_backbone, optimize_for_inference
+from backbone.command.timing import quartiles, time_rounds
 
 CROPS = 100
 SIDE = 320  # pixels of the shorter side
@@ -33,6 +38,8 @@ def main(
     weights: Annotated[str | None, typer.Option()] = None,
     levels: Annotated[str, typer.Option(help="Which feature maps the backbone makes.")] = "c2,c3,c4,c5",
     max_error: Annotated[float, typer.Option()] = 0.1,
+    time: Annotated[tuple[int, int] | None, typer.Option(metavar="H W", help="Of the image to time, pixels.")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
 ) -> None:
     """Calibrate on some photos and compare on others."""
     images = [Image.open(path).convert("RGB") for path in sorted(photos.iterdir())]
@@ -53,6 +60,20 @@ def main(
             cosines.setdefault(level, []).append(float(torch.cosine_similarity(*pair, 0)))
     for level, found in cosines.items():
         print(f"{level}: mean {np.mean(found):.5f}, least {min(found):.5f}, of {len(found)} photos")
+    if time is not None:
+        copies = {str(dtype): optimize_for_inference(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+        print_times({**copies, "torch.int8": fast}, torch.randn(1, 3, *time), rounds)
+
+
+@torch.inference_mode()
+def print_times(copies: Mapping[str, Any], image: Tensor, rounds: int) -> None:
+    """Print the median of each copy, and its ratio to that of the last."""
+    runs = {name: partial(copy, image) for name, copy in copies.items()}
+    times = list(time_rounds("cpu", runs, rounds))
+    for name in runs:
+        low, median, high = quartiles([1e3 * each[name] for each in times])
+        ratio = np.median([each[name] / each["torch.int8"] for each in times])
+        print(f"{name}: {median:.1f} ms, quartiles {low:.1f} to {high:.1f}, {ratio:.2f} of int8's")
 
 
 if __name__ == "__main__":
