@@ -58,7 +58,62 @@ def mlp(x: Tensor, first: nn.Module, act: nn.Module, last: nn.Module) -> Tensor 
     return first.followed_by(act, last, x) if isinstance(first, Follows) else None
 
 
-class FoldedConv2d(Follows, nn.Conv2d):
+class MayDropWeight(nn.Module):
+    """A layer whose plain weight may be dropped where it is held in another form; it is there again for who asks."""
+
+    def _is_packed_only(self) -> bool:
+        """Whether there is no plain weight, but the other form."""
+        return False
+
+    def _unpacked(self) -> Tensor:
+        """Return the plain weight of a layer that keeps none."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Hold nothing prepared."""
+
+    def _restore(self) -> None:
+        """Have the plain weight again, and nothing prepared."""
+        with turn:
+            if self._is_packed_only():
+                with torch.inference_mode(False):
+                    self._parameters["weight"] = nn.Parameter(self._unpacked(), requires_grad=False)
+            self._forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._restore()
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with turn:
+            if self._is_packed_only():
+                destination[f"{prefix}weight"] = self._unpacked()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name == "weight" and self._is_packed_only():
+            self._restore()  # who asks may edit it
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        if name == "weight" and self._is_packed_only():
+            self._restore()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Have the plain weight in it."""
+        with turn:
+            parameters = dict(self._parameters)
+            if self._is_packed_only():
+                parameters = {"weight": nn.Parameter(self._unpacked(), requires_grad=False), **parameters}
+            return {**self.__dict__, "_parameters": parameters}
+
+
+class FoldedConv2d(Follows, MayDropWeight, nn.Conv2d):
     """A convolution that carries its norm in weight and bias, for inference.
 
     ``optimize_for_inference`` puts it where a convolution was; the norm after it becomes an Identity.
@@ -218,49 +273,16 @@ class FoldedConv2d(Follows, nn.Conv2d):
         return not has_weight and self._prepared is not None and self._prepared.weight is None
 
     def _unpacked(self) -> Tensor:
-        """Return the plain weight of a layer that keeps none."""
         assert self._prepared is not None
         return unpack(self._prepared.packed).detach()
 
-    def _restore(self) -> None:
-        """Have the plain weight again, and nothing prepared."""
-        with turn:
-            if self._is_packed_only():
-                with torch.inference_mode(False):
-                    self._parameters["weight"] = nn.Parameter(self._unpacked(), requires_grad=False)
-            self._prepared = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._restore()
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        with turn:
-            if self._is_packed_only():
-                destination[f"{prefix}weight"] = self._unpacked()
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        if name == "weight" and self._is_packed_only():
-            self._restore()  # who asks may edit it
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        if name == "weight" and self._is_packed_only():
-            self._restore()
-        super().__setattr__(name, value)
+    def _forget(self) -> None:
+        super()._forget()
+        self._prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is prepared, which can be neither copied nor pickled."""
-        with turn:
-            parameters = dict(self._parameters)
-            if self._is_packed_only():
-                parameters = {"weight": nn.Parameter(self._unpacked(), requires_grad=False), **parameters}
-            return {**self.__dict__, "_prepared": None, "_passed_over": 0, "_parameters": parameters}
+        return {**super().__getstate__(), "_prepared": None, "_passed_over": 0}
 
 
 def _values(sources: Sequence[Tensor]) -> tuple[object, ...]:

@@ -247,12 +247,13 @@ def why_no_int8_linear() -> str:
 
 def packed_linear(weight: Int8Weight) -> Int8Weight:
     """Return a weight (C_out, C_in, 1, 1) in the layout of the matrix product, for any number of rows."""
-    return weight._replace(values=torch_internals.qlinear_prepack(weight.plain.flatten(1), None))
+    rows = weight.plain.flatten(1).contiguous()  # the operation does not ask for strides
+    return weight._replace(values=torch_internals.qlinear_prepack(rows, None))
 
 
 def unpacked_linear(weight: Int8Weight) -> Int8Weight:
     """Return what ``packed_linear`` was given."""
-    return weight._replace(values=weight.values.to_dense().T[:, :, None, None])
+    return weight._replace(values=weight.values.to_dense().T.contiguous()[:, :, None, None])
 
 
 def multiply(

@@ -159,6 +159,12 @@ def new_parameter(fast: Any) -> Any:
     return fast
 
 
+def other_strides(fast: Any) -> Any:
+    weight = fast.mlp.fc1.weight
+    fast.mlp.fc1.weight = nn.Parameter(weight.t().contiguous().t() * 0.8, requires_grad=False)
+    return fast
+
+
 def new_data(fast: Any) -> Any:
     fast.linear.weight.data = fast.linear.weight.data.flip(1) * 0.9
     return fast
@@ -170,7 +176,10 @@ def load(fast: Any) -> Any:
 
 
 def recalibrated(fast: Any) -> Any:
-    return optimize_for_inference(fast, dtype=torch.int8, calibration=fast.calibration, max_error=1.0)
+    keeps = random.random() < 0.5
+    return optimize_for_inference(
+        fast, dtype=torch.int8, calibration=fast.calibration, max_error=1.0, keep_weights=keeps
+    )
 
 
 def pickled(fast: Any) -> Any:
@@ -178,7 +187,7 @@ def pickled(fast: Any) -> Any:
 
 
 EDITS: list[Callable[[Any], Any]] = [
-    negate, shift, new_parameter, new_data, load, recalibrated, pickled, copy.deepcopy,
+    negate, shift, new_parameter, other_strides, new_data, load, recalibrated, pickled, copy.deepcopy,
 ]  # fmt: skip
 
 
@@ -290,6 +299,55 @@ def test_threads_share_a_copy() -> None:
     expected = [copy.deepcopy(fast)(each)["c2"] for each in inputs]
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda n: torch.equal(fast(inputs[n % 4])["c2"], expected[n % 4]), range(80)))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@needs_int8
+@pytest.mark.engine
+@pytest.mark.parametrize("make", [blocks, lambda: uneven(build("timm/convnext_atto"))], ids=["linear", "1x1"])
+@torch.no_grad()
+def test_without_plain_weights_a_copy_holds_a_quarter(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, inputs = make(), images()[0]
+    beside = in_int8(model)
+    fast = in_int8(model, calibration=beside.calibration, keep_weights=False)
+    layers = {name: layer for name, layer in fast.named_modules() if isinstance(layer, InRows)}
+    for _ in range(3):
+        assert all(torch.equal(fast(inputs)[level], feature) for level, feature in beside(inputs).items())
+    assert len(layers) == len(fast.optimization.int8)
+    assert not any(f"{name}.weight" in dict(fast.named_parameters()) for name in layers)
+    if len(layers) > 4:  # not of a few channels, whose scales count
+        whole = sum(4 * model.get_parameter(f"{name}.weight").numel() for name in layers)
+        assert sum(layer.prepared_bytes() for layer in layers.values()) < 0.3 * whole
+    state = fast.state_dict()
+    assert state.keys() == model.state_dict().keys() or len(layers) > 4  # a convolution's fold adds a bias
+    for name, layer in layers.items():
+        assert (
+            relative_error(state[f"{name}.weight"], model.get_parameter(f"{name}.weight")) < 0.03
+        )  # channels were evened out
+        assert layer._parameters.get("weight") is None
+    assert all(torch.equal(fast(inputs)[level], feature) for level, feature in beside(inputs).items())
+    for copied in (pickled(fast), copy.deepcopy(fast)):
+        again, expected = copied(inputs), fast(inputs)
+        assert max(relative_error(again[level], expected[level]) for level in expected) < 5e-3
+
+
+@pytest.mark.parametrize("make", [blocks, lambda: uneven(build("timm/convnext_atto"))], ids=["linear", "1x1"])
+def test_without_plain_weights_floats_still_compute(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, inputs = make(), images()[0]
+    fast = in_int8(model, keep_weights=False)
+    for _ in range(4):
+        leaf = inputs.clone().requires_grad_()
+        out = fast(leaf)
+        sum(each.mean() for each in out.values()).backward()  # type: ignore[union-attr]
+        with torch.no_grad():
+            expected = model(inputs)
+            assert min(cosine(out[level], expected[level]) for level in expected) > 0.999
+            actual = fast(inputs)
+            assert min(cosine(actual[level], expected[level]) for level in expected) > 0.99
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------

@@ -63,12 +63,12 @@ class Layers:
         told = [(path, tuple(as_linear(layer.weight).shape)) for path, layer in self.layers.items()]
         return hashlib.sha256(repr((told, self.hidden)).encode()).hexdigest()[:16]
 
-    def convert(self, calibration: Calibration, paths: frozenset[str]) -> None:
+    def convert(self, calibration: Calibration, paths: frozenset[str], keep_weights: bool) -> None:
         """Let the layers at ``paths`` compute in 8 bits, in place."""
         for path in paths:
             layer: Any = self.layers[path]
             layer.__class__ = IN_ROWS[type(layer)]
-            layer.written = written_of(calibration, path)
+            layer.written, layer.keep_weight = written_of(calibration, path), keep_weights
 
 
 class LayerObserver:

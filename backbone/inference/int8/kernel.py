@@ -61,10 +61,9 @@ class Int8Conv2d(FoldedConv2d):
             return super()._unpacked()
         return int8.restored().to(self.bias.dtype)  # type: ignore[union-attr]
 
-    def _restore(self) -> None:
-        with turn:
-            super()._restore()
-            self._int8 = None
+    def _forget(self) -> None:
+        super()._forget()
+        self._int8 = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is held in 8 bits; the weight it stands for is there."""

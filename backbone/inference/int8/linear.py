@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backbone.engine import switch
 from backbone.engine.calls import compute_dtype, has_hook, is_plain, is_watched, needs_grad
-from backbone.engine.folded import FoldedConv2d, QuickLinear
+from backbone.engine.folded import FoldedConv2d, MayDropWeight, QuickLinear, turn
 from backbone.engine.int8 import (
     Codes,
     Gelu,
@@ -48,7 +48,7 @@ class Written(NamedTuple):
 class _Source(NamedTuple):
     """What an 8-bit weight was made from, held so that no other tensor can take its place in memory."""
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     values: tuple[object, ...]
     held: tuple[Tensor, ...]
@@ -70,26 +70,29 @@ def _like(x: Tensor, rows: Tensor, layer: object) -> Tensor:
     return rows.view(*x.shape[:-1], -1)
 
 
-class InRows:
+class InRows(MayDropWeight):
     """What both kinds of layers have in common."""
 
     in_floats: ClassVar[type[nn.Module]]
     written: Written
+    keep_weight: bool
     _int8: Int8Weight | None = None
     _source: _Source | None = None
+    _dropped_dtype: torch.dtype = torch.float32
 
     def takes(self, x: Tensor) -> bool:
         """Whether 8 bits may stand in for the layer's floats: nobody watches, and no gradient is wanted."""
-        parameters: dict[str, Tensor | None] = self._parameters  # type: ignore[attr-defined]
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        if weight is None or is_watched(x) or x.device.type != "cpu" or not x.is_floating_point():
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if is_watched(x) or x.device.type != "cpu" or not x.is_floating_point():
             return False
-        return is_plain(weight) and (bias is None or is_plain(bias)) and not needs_grad(x, weight, bias)
+        if weight is None and not self._is_packed_only():  # pruned, say
+            return False
+        return all(each is None or is_plain(each) for each in (weight, bias)) and not needs_grad(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer in floats."""
         if not self.takes(x):
-            return super().forward(x)  # type: ignore[misc, no-any-return]
+            return super().forward(x)  # type: ignore[no-any-return]
         with torch.no_grad():
             return _like(x, self.product(self.codes_of(x), None, None), self).to(compute_dtype(x))
 
@@ -98,7 +101,7 @@ class InRows:
         gelu = gelu_of(act)
         if gelu is None or not isinstance(last, InRows) or last.written.per_channel is not None:
             return None
-        if not self.takes(x) or not last.takes(x) or any(map(has_hook, (self, act, last))):  # type: ignore[arg-type]
+        if not self.takes(x) or not last.takes(x) or any(map(has_hook, (self, act, last))):
             return None
         with torch.no_grad():
             hidden = self.product(self.codes_of(x), gelu, last.written.codes)
@@ -111,36 +114,69 @@ class InRows:
     def product(self, codes: Tensor, gelu: Gelu | None, of_out: Codes | None) -> Tensor:
         """Codes (M, C_in) -> codes or float32 (M, C_out)."""
         kernels = switch.is_on() and has_int8_linear()
-        weight = self._weight_in_8_bits()
-        is_packed = weight.values.layout is not torch.strided
-        if kernels and not is_packed:
-            weight = self._int8 = packed_linear(weight)
-        elif is_packed and not kernels:
-            weight = unpacked_linear(weight)
+        with turn, torch.inference_mode(False):
+            weight = self._weight_in_8_bits()
+            is_packed = weight.values.layout is not torch.strided
+            if kernels and not is_packed:
+                weight = self._int8 = packed_linear(weight)
+            elif is_packed and not kernels:
+                weight = unpacked_linear(weight)
         return multiply(codes, self.written.codes, weight, gelu, of_out, kernels=kernels)
-
-    def _weight_in_8_bits(self) -> Int8Weight:
-        """Return the weight in 8 bits, written anew where it has changed since; the ranges stay."""
-        parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
-        weight, bias, source = parameters["weight"], parameters.get("bias"), self._source
-        values = _values(weight, bias)
-        is_same = source is not None and source.weight is weight and source.bias is bias and source.values == values
-        if self._int8 is None or not is_same:
-            with torch.inference_mode(False):
-                held = tuple(each.detach() for each in (weight, bias) if each is not None)
-                self._int8, self._source = in_8_bits(weight, bias, self.written), _Source(weight, bias, values, held)
-        return self._int8
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is made again."""
-        getstate: Any = getattr(super(), "__getstate__")  # noqa: B009 - a convolution's own, or object's
-        return {**getstate(), "_int8": None, "_source": None}
 
     def plain_again(self) -> None:
         """Become the layer of a float copy again, in place."""
+        self._restore()
         for name in ("written", "_int8", "_source"):
             self.__dict__.pop(name, None)
         self.__class__ = self.in_floats  # type: ignore[assignment]
+
+    def prepared_bytes(self) -> int:
+        """Return the bytes kept beside the parameters."""
+        return 0 if self._int8 is None else sum(each.numel() * each.element_size() for each in self._int8)
+
+    def _weight_in_8_bits(self) -> Int8Weight:
+        """Return the weight in 8 bits, written anew where it has changed since; the ranges stay."""
+        int8, source, bias = self._int8, self._source, self._parameters.get("bias")
+        weight = self._parameters.get("weight") if int8 is not None else self.weight  # floats may have dropped it
+        values = _values(weight, bias)
+        if int8 is not None and source is not None:
+            if source.weight is weight and source.bias is bias and source.values == values:
+                return int8
+            if weight is None:  # held here alone: only the bias has changed
+                given = int8.bias.new_zeros(len(int8.bias)) if bias is None else bias.detach().float()
+                int8 = int8._replace(bias=given + int8.correction)
+        if weight is not None:
+            int8 = in_8_bits(weight, bias, self.written)
+            if not self.keep_weight:
+                self._dropped_dtype = weight.dtype
+                self._parameters.pop("weight")
+        assert int8 is not None
+        kept = self._parameters.get("weight")
+        held = tuple(each.detach() for each in (kept, bias) if each is not None)
+        self._int8, self._source = int8, _Source(kept, bias, _values(kept, bias), held)
+        return int8
+
+    def _is_packed_only(self) -> bool:
+        has_weight = "weight" in self._parameters or "weight" in self.__dict__
+        return (not has_weight and self._int8 is not None) or super()._is_packed_only()
+
+    def _unpacked(self) -> Tensor:
+        int8 = self._int8
+        if int8 is None:
+            return super()._unpacked()
+        plain = int8 if int8.values.layout is torch.strided else unpacked_linear(int8)
+        weight = plain.restored().flatten(1)
+        weight = weight if self.written.per_channel is None else weight / self.written.per_channel
+        weight = weight.to(self._dropped_dtype)
+        return weight[:, :, None, None] if isinstance(self, nn.Conv2d) else weight
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._int8 = self._source = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made again."""
+        return {**super().__getstate__(), "_int8": None, "_source": None}
 
 
 class Int8Linear(InRows, QuickLinear):
@@ -180,7 +216,7 @@ def gelu_of(act: nn.Module) -> Gelu | None:
     return _GELUS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
 
-def _values(weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
+def _values(weight: Tensor | None, bias: Tensor | None) -> tuple[object, ...]:
     """Where the tensors lie and how often they were written; something new at every call where nobody counts that."""
     tensors = [each for each in (weight, bias) if each is not None]
     if any(each.requires_grad or each.is_inference() for each in tensors):

@@ -194,7 +194,7 @@ def _by_flow(
 
 
 def _by_module(
-    model: nn.Module, inner: Backbone, calibration: Calibration | Iterable[Any], max_error: float, _keep_weights: bool
+    model: nn.Module, inner: Backbone, calibration: Calibration | Iterable[Any], max_error: float, keep_weights: bool
 ) -> InInt8:
     """Let the linear layers of a network compute in 8 bits, one by one."""
     layers = Layers(inner)
@@ -209,7 +209,8 @@ def _by_module(
     _require_same(layers.fingerprint, calibration)
     seen = {path: layer for path, layer in layers.layers.items() if path in calibration.errors}
     choices = _choose(seen, calibration, max_error)
-    layers.convert(calibration, frozenset(choice.name for choice in choices if choice.dtype == torch.int8))
+    in_int8 = frozenset(choice.name for choice in choices if choice.dtype == torch.int8)
+    layers.convert(calibration, in_int8, keep_weights)
     if not has_int8_linear():
         _warn_of_floats("products do", why_no_int8_linear())
     return InInt8(choices, calibration, 0)
