@@ -61,6 +61,10 @@ def mlp(x: Tensor, first: nn.Module, act: nn.Module, last: nn.Module) -> Tensor 
 class MayDropWeight(nn.Module):
     """A layer whose plain weight may be dropped where it is held in another form; it is there again for who asks."""
 
+    def prepared_bytes(self) -> int:
+        """Return the bytes kept beside the parameters."""
+        return 0
+
     def _is_packed_only(self) -> bool:
         """Whether there is no plain weight, but the other form."""
         return False
@@ -254,7 +258,7 @@ class FoldedConv2d(Follows, MayDropWeight, nn.Conv2d):
         else:
             return kept
         self._prepared = kept  # before the weight goes: another thread may look
-        _holders.add(self)
+        remember_holder(self)
         if kept.weight is None:
             self._parameters.pop("weight", None)
         return kept
@@ -297,8 +301,13 @@ def _is_captured(x: Tensor) -> bool:
 turn: Final = threading.RLock()
 """Whose turn it is to drop a plain weight, have it again, or find one of the two."""
 
-_holders: WeakSet[FoldedConv2d] = WeakSet()
-"""The convolutions that have ever prepared something: for ``prepared_bytes`` alone."""
+_holders: WeakSet[Any] = WeakSet()
+"""The layers that have ever prepared something: for ``prepared_bytes`` alone."""
+
+
+def remember_holder(layer: MayDropWeight) -> None:
+    """Count what ``layer`` prepares among ``prepared_bytes``."""
+    _holders.add(layer)
 
 
 def prepared_bytes() -> int:

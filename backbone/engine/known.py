@@ -26,9 +26,25 @@ class Parts(NamedTuple):
     shortcut: nn.Module | None
 
 
+class Mlp(NamedTuple):
+    """The two layers of a transformer's block.
+
+    Attributes:
+        plain: Its class.
+        fused: The class that asks the engine.
+        parts: The names of first layer, activation and last layer.
+        is_chain: Whether nothing else is at work between them or behind.
+    """
+
+    plain: type[nn.Module]
+    fused: type[nn.Module]
+    parts: tuple[str, str, str]
+    is_chain: Callable[[nn.Module], bool]
+
+
 Block = TypeVar("Block", bound=nn.Module)
 _blocks: dict[type[nn.Module], Callable[[nn.Module], Parts | None]] = {}
-_mlps: dict[type[nn.Module], tuple[str, str, str]] = {}
+_mlps: dict[type[nn.Module], Mlp] = {}
 _pairs: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {}
 _forwards: Final[dict[type[nn.Module], Callable[..., object]]] = {}
 """What the ``forward`` of each class was when it was registered: a tool may put another in its place."""
@@ -57,21 +73,22 @@ def register_pairs(cls: type[nn.Module], *pairs: tuple[str, str]) -> None:
     _forwards[cls] = cls.forward
 
 
-def register_mlp(cls: type[nn.Module], first: str, act: str, last: str) -> None:
+def register_mlp(
+    cls: type[Block], fused: type[nn.Module], parts: tuple[str, str, str], is_chain: Callable[[Block], bool]
+) -> None:
     """Let inference copies compute the two linear layers, or 1x1 convolutions, of exactly the class ``cls`` in one.
 
     Args:
-        cls: A class whose ``forward`` asks ``mlp``, and else calls the children of these names one after the other,
-            with idle layers in between.
-        first: Name of the first layer.
-        act: Name of the activation between.
-        last: Name of the last layer.
+        cls: A class whose ``forward`` calls first layer, activation and last layer one after the other.
+        fused: What it becomes in a copy: its ``forward`` asks ``mlp`` first.
+        parts: The names of the three.
+        is_chain: Whether nothing else is at work in between or behind.
     """
-    _mlps[cls] = (first, act, last)
+    _mlps[cls] = _mlps[fused] = Mlp(cls, fused, parts, is_chain)  # type: ignore[arg-type]
 
 
-def mlp_of(module: nn.Module) -> tuple[str, str, str] | None:
-    """Return the names of first layer, activation and last layer, if ``module`` is of exactly a registered class."""
+def mlp_of(module: nn.Module) -> Mlp | None:
+    """Return what is known of ``module``, if it is of exactly a registered class."""
     return _mlps.get(type(module))
 
 

@@ -111,7 +111,7 @@ def optimize_for_inference(
     if calibration is not None and dtype != torch.int8:
         raise ValueError(f"calibration is for dtype=torch.int8, got dtype={dtype}; leave it out")
     model = _without_graphs(_copied(model).eval())
-    stop_watching(model)  # for a training that begins
+    stop_watching(model)  # no training begins with a copy, and a module with a hook counts as one that somebody watches
     in_floats_again(model)
     reparameterize(model)
     folded = sum(_fold_norms(module, keep_weights) for module in list(model.modules()))
@@ -197,14 +197,15 @@ def _ends_in(layers: nn.Module, name: str) -> bool:
 
 def _prepare(model: nn.Module, keep_weights: bool) -> int:
     """Let the remaining plain convolutions use prepared weights, too; return how many."""
-    prepared = 0
+    made: dict[nn.Module, FoldedConv2d] = {}  # what is in two places stays one module
     for parent in list(model.modules()):
         for name, conv in parent._modules.items():
             if conv is not None and is_plain_conv(conv):
-                bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
-                parent._modules[name] = FoldedConv2d(conv, conv.weight, bias, keep_weight=keep_weights)
-                prepared += 1
-    return prepared
+                if conv not in made:
+                    bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+                    made[conv] = FoldedConv2d(conv, conv.weight, bias, keep_weight=keep_weights)
+                parent._modules[name] = made[conv]
+    return len(made)
 
 
 def _is_norm(module: nn.Module) -> bool:

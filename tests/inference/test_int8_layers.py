@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from conftest import build, relative_error
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import random_unstructured
 
 from backbone import Backbone, FeaturePyramid, engine_enabled, optimize_for_inference
 from backbone.engine import torch_internals
@@ -121,7 +123,8 @@ def reference(fast: Any, inputs: Tensor) -> Tensor:
 
     def rounded(x: Tensor, path: str) -> Tensor:
         scale, zero = ranges.codes[path]
-        return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+        written: Tensor = (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+        return written
 
     def linear(path: str, x: Tensor) -> Tensor:
         by = torch.tensor(ranges.per_channel.get(path, 1.0), dtype=torch.float64)
@@ -228,13 +231,77 @@ def test_hooks_see_the_modules_and_change_little() -> None:
 
 
 @torch.no_grad()
-def test_a_replaced_module_is_the_one_that_computes() -> None:
-    fast, inputs = in_int8(blocks()), images()[0]
-    fast.mlp.act = nn.ReLU()
-    fast.alone = nn.Linear(16, 8)
-    plain = blocks()
-    plain.mlp.act, plain.alone = nn.ReLU(), copy.deepcopy(fast.alone)
-    assert cosine(fast(inputs)["c2"], plain(inputs)["c2"]) > 0.999
+def test_replaced_modules_are_refused() -> None:
+    for path in ("mlp.act", "norm", "alone"):
+        fast = in_int8(blocks())
+        fast(images()[0])
+        fast.set_submodule(path, nn.Identity())
+        for network in (fast, copy.deepcopy(fast), pickled(fast)):
+            with pytest.raises(RuntimeError, match="must stay those that were calibrated"):
+                network(images()[0])
+        assert optimize_for_inference(fast)(images()[0])["c2"].shape == (2, 8 if path != "alone" else 16, 16, 16)
+
+
+class Scaled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def prune(layer: nn.Module, name: str) -> None:
+    random_unstructured(layer, name, 0.5)  # type: ignore[no-untyped-call]
+
+
+def parametrise(layer: nn.Module, name: str) -> None:
+    register_parametrization(layer, name, Scaled())
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("change", [prune, parametrise])
+@torch.no_grad()
+def test_pruned_and_parametrised_layers_compute_in_floats(change: Callable[..., None], name: str) -> None:
+    model, inputs = blocks(), images()[0]
+    model.alone.bias.fill_(5.0)
+    fast = in_int8(model)
+    torch.manual_seed(1)
+    change(model.alone, name)
+    again = in_int8(model)
+    assert [choice.name for choice in again.optimization.int8] == ["linear", "mlp.fc1", "mlp.fc2"]
+    assert relative_error(again(inputs)["c2"], model(inputs)["c2"]) < 0.05
+    torch.manual_seed(1)
+    change(fast.alone, name)
+    if change is prune:
+        assert relative_error(fast(inputs)["c2"], model(inputs)["c2"]) < 0.05
+    else:  # it brings a module
+        with pytest.raises(RuntimeError, match="got others in ParametrizedInt8Linear"):
+            fast(inputs)
+
+
+@torch.no_grad()
+def test_a_copy_that_became_parametrised_is_no_base_of_another() -> None:
+    fast = in_int8(blocks())
+    register_parametrization(fast.alone, "weight", Scaled())
+    with pytest.raises(ValueError, match="got a ParametrizedInt8Linear; remove its parametrizations"):
+        optimize_for_inference(fast)
+
+
+@torch.no_grad()
+def test_a_tool_that_replaces_gelu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = blocks(), images()[0]
+    fast = in_int8(model)
+    before = fast(inputs)["c2"]
+    monkeypatch.setattr(nn.GELU, "forward", lambda _, x: F.relu(x))
+    assert relative_error(fast(inputs)["c2"], model(inputs)["c2"]) < 1e-5
+    assert relative_error(fast(inputs)["c2"], before) > 1e-3
+
+
+@torch.no_grad()
+def test_networks_in_training_keep_timms_classes() -> None:
+    network: Any = build("timm/convnext_atto")
+    assert all(type(block.mlp) is timm_mlp.Mlp for stage in network.network.stages for block in stage.blocks)
+    fast: Any = in_int8(network.eval())
+    assert type(fast.network.stages[0].blocks[0].mlp) is fused.FusedMlp
+    floats: Any = optimize_for_inference(fast)
+    assert type(floats.network.stages[0].blocks[0].mlp) is timm_mlp.Mlp
 
 
 def test_gradients_and_traces_are_those_of_floats() -> None:
@@ -267,19 +334,34 @@ def test_trained_weights_are_seen() -> None:
 def test_under_autocast_the_rest_computes_in_bf16() -> None:
     fast, inputs = in_int8(blocks()), images()[0]
     expected = fast(inputs)["c2"]
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = fast(inputs)["c2"]
-    assert actual.dtype == torch.bfloat16
-    assert cosine(actual, expected) > 0.999
+    first = copy.deepcopy(fast)
+    for network in (first, fast):  # one that has never run, too
+        for on in (True, False):
+            with torch.autocast("cpu", torch.bfloat16), engine_enabled(on):
+                actual = network(inputs)["c2"]
+            assert actual.dtype == torch.bfloat16
+            assert cosine(actual, expected) > 0.999
+    assert torch.equal(first(inputs)["c2"], expected)
 
 
 @torch.no_grad()
-def test_a_drop_layer_at_work_and_a_norm_within_are_called() -> None:
+def test_a_drop_layer_at_work_is_called() -> None:
     fast, inputs = in_int8(blocks(drop=0.5)), images()[0]
     before = fast(inputs)["c2"]
     fast.mlp.drop1.train()
     torch.manual_seed(0)
     assert relative_error(fast(inputs)["c2"], before) > 0.05
+
+
+@torch.no_grad()
+def test_a_norm_within_an_mlp_is_called() -> None:
+    model, inputs = blocks(), images()[0]
+    model.mlp.norm = nn.LayerNorm(48)
+    model.mlp.norm.weight.fill_(0.05)
+    fast = in_int8(model)
+    assert {choice.dtype for choice in fast.optimization.int8} == {torch.int8}
+    assert max(choice.error for choice in fast.optimization.int8) < 0.03
+    assert cosine(fast(inputs)["c2"], model(inputs)["c2"]) > 0.999
 
 
 @torch.no_grad()
@@ -342,7 +424,7 @@ def test_without_plain_weights_floats_still_compute(make: Callable[[], nn.Module
     for _ in range(4):
         leaf = inputs.clone().requires_grad_()
         out = fast(leaf)
-        sum(each.mean() for each in out.values()).backward()  # type: ignore[union-attr]
+        sum(each.mean() for each in out.values()).backward()
         with torch.no_grad():
             expected = model(inputs)
             assert min(cosine(out[level], expected[level]) for level in expected) > 0.999
@@ -413,6 +495,28 @@ def test_weights_that_are_not_finite_are_one_clear_error() -> None:
 
 
 @torch.no_grad()
+def test_batches_may_be_mappings() -> None:
+    model, inputs = blocks(), images()[0]
+    fast = in_int8(model, calibration=[{"images": each} for each in images()])
+    assert fast.calibration == in_int8(model).calibration
+    assert torch.equal(fast(images=inputs)["c2"], in_int8(model)(inputs)["c2"])
+
+
+class Uncalled(Blocks):
+    """Takes its layers' weights, and calls none of them."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.norm(self.patch(images).permute(0, 2, 3, 1))
+        return {"c2": F.linear(x, self.alone.weight).permute(0, 3, 1, 2)}
+
+
+def test_layers_that_nobody_calls_are_one_clear_error() -> None:
+    model = Uncalled(nn.GELU()).eval()
+    with pytest.raises(ValueError, match="called as modules, got Uncalled, which calls none of its 4"):
+        in_int8(model)
+
+
+@torch.no_grad()
 def test_many_batches_are_all_looked_at() -> None:
     model = blocks()
     shown = [torch.randn(1, 3, 32, 32) for _ in range(40)]
@@ -448,11 +552,13 @@ def test_where_the_kernels_are_missing_it_says_so_and_computes_the_same(monkeypa
 @torch.no_grad()
 @pytest.mark.engine
 def test_an_mlp_is_two_products_with_codes_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    run = torch_internals.qlinear_pointwise
-    monkeypatch.setattr(
-        torch_internals, "qlinear_pointwise", lambda *given: (calls.append((given[9], given[10])), run(*given))[1]
-    )
+    calls, run = [], torch_internals.qlinear_pointwise
+
+    def counted(*given: Any) -> Tensor:
+        calls.append((given[9], given[10]))
+        return run(*given)
+
+    monkeypatch.setattr(torch_internals, "qlinear_pointwise", counted)
     fast = in_int8(blocks())
     fast(images()[0])
     floats = (torch.float32, "none")
@@ -464,5 +570,6 @@ def test_below_a_pyramid() -> None:
     torch.manual_seed(0)
     model = FeaturePyramid(uneven(build("timm/convnext_atto")), out_channels=32).eval()
     fast = in_int8(model)
+    assert len(fast.optimization.int8) == 24
     actual, expected = fast(images()[0]), model(images()[0])
     assert min(cosine(actual[level], expected[level]) for level in expected) > 0.99

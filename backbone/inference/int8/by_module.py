@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.engine.folded import FoldedConv2d, QuickLinear
-from backbone.engine.int8 import Means, decode, encode, multiply
-from backbone.engine.known import mlp_of
+from backbone.engine.int8 import Codes, Gelu, Means, decode, encode, multiply
+from backbone.engine.known import Mlp, mlp_of
 from backbone.features import Backbone
 from backbone.inference.int8.calibration import Calibration, numbers
+from backbone.inference.int8.kernel import require_same_modules
 from backbone.inference.int8.linear import (
     IN_ROWS,
     Layer,
@@ -35,32 +36,38 @@ class Layers:
     """The linear layers of a network, and the 1x1 convolutions of its MLPs.
 
     Attributes:
+        root: The network, an inference copy.
         layers: By path.
-        hidden: Those whose input is the GELU of another layer's output: that one's path by theirs.
+        hidden: For the last layer of each MLP, by its path: the path of the first, and the GELU between.
     """
 
     def __init__(self, root: Backbone) -> None:
         self.root = root
         self.layers: dict[str, Layer] = {}
-        self.hidden: dict[str, str] = {}
-        for path, module in root.named_modules(remove_duplicate=True):
+        self.hidden: dict[str, tuple[str, Gelu]] = {}
+        self._mlps: list[tuple[nn.Module, set[str]]] = []
+        for path, module in root.named_modules():
             if type(module) is QuickLinear and _has_weight(module):
                 self.layers[path] = module
-            names = mlp_of(module)
-            if names is None:
-                continue
-            first, act, last = (module.get_submodule(name) for name in names)
-            for name, layer in ((names[0], first), (names[2], last)):
-                if type(layer) is FoldedConv2d and _is_pointwise(layer):
-                    self.layers[f"{path}.{name}"] = layer
-            kinds = {type(first), type(last)}
-            if gelu_of(act) is not None and kinds in ({QuickLinear}, {FoldedConv2d}):
-                self.hidden[f"{path}.{names[2]}"] = f"{path}.{names[0]}"
+            known = mlp_of(module)
+            if known is not None:
+                self._add_mlp(path, module, known)
+
+    def _add_mlp(self, path: str, module: nn.Module, known: Mlp) -> None:
+        first, act, last = (module.get_submodule(name) for name in known.parts)
+        paths = [f"{path}.{known.parts[0]}", f"{path}.{known.parts[2]}"]
+        for each, layer in zip(paths, (first, last), strict=True):
+            if type(layer) is FoldedConv2d and _is_pointwise(layer):
+                self.layers[each] = layer
+        gelu = gelu_of(act)
+        if gelu is not None and type(first) is type(last) and known.is_chain(module):
+            self.hidden[paths[1]] = paths[0], gelu
+            self._mlps.append((module, set(paths)))
 
     @property
     def fingerprint(self) -> str:
         """A digest of what there is."""
-        told = [(path, tuple(as_linear(layer.weight).shape)) for path, layer in self.layers.items()]
+        told = [(path, _sizes(layer)) for path, layer in self.layers.items()]
         return hashlib.sha256(repr((told, self.hidden)).encode()).hexdigest()[:16]
 
     def convert(self, calibration: Calibration, paths: frozenset[str], keep_weights: bool) -> None:
@@ -69,6 +76,39 @@ class Layers:
             layer: Any = self.layers[path]
             layer.__class__ = IN_ROWS[type(layer)]
             layer.written, layer.keep_weight = written_of(calibration, path), keep_weights
+        for module, of_mlp in self._mlps:
+            known = mlp_of(module)
+            if of_mlp <= paths and known is not None:
+                module.__class__ = known.fused
+        self.root.register_forward_pre_hook(RequireSame(self.root))
+
+
+def called_by_module(model: nn.Module) -> list[nn.Module]:
+    """Return the MLPs in ``model`` that ask the engine, and take the hooks of ``Layers.convert`` away."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, RequireSame):
+                module._forward_pre_hooks.pop(key)
+    return [module for module in model.modules() if (known := mlp_of(module)) and type(module) is known.fused]
+
+
+class RequireSame:
+    """A hook before the forward of a network in 8 bits: its modules must be those that were calibrated.
+
+    Args:
+        root: The network.
+    """
+
+    def __init__(self, root: Backbone) -> None:
+        self._modules = [(module, dict(module._modules)) for module in root.modules()]
+
+    def __call__(self, root: nn.Module, _inputs: object) -> None:
+        """Look at them.
+
+        Raises:
+            RuntimeError: If one was replaced.
+        """
+        require_same_modules(root, self._modules)
 
 
 class LayerObserver:
@@ -97,9 +137,10 @@ class LayerObserver:
         """Return what was seen."""
         written: dict[str, Written] = {}
         errors: dict[str, float] = {}
-        gives_codes = {first: last for last, first in self._of.hidden.items()}
+        behind = {first: (last, gelu) for last, (first, gelu) in self._of.hidden.items()}
         for path, seen in reversed(self._inputs.items()):  # the second layer of an MLP before its first
-            layer, after = self._of.layers[path], written.get(gives_codes.get(path, ""))
+            layer, (last, gelu) = self._of.layers[path], behind.get(path, ("", None))
+            after = None if gelu is None or last not in written else (gelu, written[last].codes)
             candidates = [seen.written(None)]
             if path not in self._of.hidden:
                 peaks = as_linear(layer.weight).abs().amax(0)
@@ -130,8 +171,10 @@ class LayerObserver:
         self.num_images += len(images)
 
     def _look(self, stack: ExitStack, module: nn.Module, see: Callable[[Tensor], None]) -> None:
-        handle = module.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
-        stack.callback(handle.remove)
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+            see(next(iter((*inputs, *by_name.values()))))
+
+        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
 class _Input:
@@ -193,22 +236,26 @@ def _evened(peaks: Tensor, of_weight: Tensor, share: float) -> Tensor:
     return peaks**share / of_weight ** (1 - share)
 
 
-def _error(layer: Layer, rows: Tensor, written: Written, after: Written | None) -> float:
-    """Return what 8 bits cost the layer's output, or the GELU of it in the codes of ``after``."""
+def _error(layer: Layer, rows: Tensor, written: Written, after: tuple[Gelu, Codes] | None) -> float:
+    """Return what 8 bits cost the layer's output, or the GELU of it in codes where they are ``after`` it."""
+    gelu, of_out = (None, None) if after is None else after
     exact = F.linear(rows, as_linear(layer.weight), None if layer.bias is None else layer.bias.float())
-    exact = exact if after is None else F.gelu(exact)
-    weight = in_8_bits(layer.weight, layer.bias, written)
-    codes = encode(rows, written.codes, written.per_channel)
-    out = multiply(
-        codes, written.codes, weight, None if after is None else "none", None if after is None else after.codes,
-        kernels=False,
-    )  # fmt: skip
-    wrong = (out if after is None else decode(out, after.codes)) - exact
+    exact = exact if gelu is None else F.gelu(exact, approximate=gelu)
+    codes, weight = encode(rows, written.codes, written.per_channel), in_8_bits(layer.weight, layer.bias, written)
+    out = multiply(codes, written.codes, weight, gelu, of_out, kernels=False)
+    wrong = (out if of_out is None else decode(out, of_out)) - exact
     return float(wrong.double().square().sum().sqrt() / exact.double().square().sum().sqrt().clamp_min(1e-300))
 
 
 def _has_weight(layer: nn.Module) -> bool:
-    return layer._parameters.get("weight") is not None
+    """Whether weight and bias are parameters of the layer's own: none is pruned or parametrised."""
+    return layer._parameters.get("weight") is not None and "bias" in layer._parameters
+
+
+def _sizes(layer: Layer) -> tuple[int, int]:
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels
+    return layer.out_features, layer.in_features
 
 
 def _is_pointwise(conv: FoldedConv2d) -> bool:

@@ -1,15 +1,17 @@
 """A convolution of an int8 copy: its weight in 8 bits, made anew whenever the weight in floats has changed."""
 
 from collections import OrderedDict
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.engine.calls import is_autocast
-from backbone.engine.folded import FoldedConv2d, _holders, turn
+from backbone.engine.folded import FoldedConv2d, remember_holder, turn
 from backbone.engine.int8 import Activation, Codes, Int8Weight, Means, convolve, int8_weight, packed, quickest, simulate
+from backbone.inference.int8.source import Source
 
 _MAX_SHAPES: Final = 8
 
@@ -38,12 +40,13 @@ class Int8Conv2d(FoldedConv2d):
             self._int8 = weight
             if not self.keep_weight:
                 self._parameters.pop("weight", None)
-        _holders.add(self)
+        remember_holder(self)
 
     def plain_again(self) -> None:
         """Become the convolution of a float copy again, in place."""
+        floats: Any = next((floats for floats, int8 in IN_INT8.items() if type(self) is int8), None)
+        require_own_class(self, floats)
         self._restore()
-        floats: Any = next(floats for floats, int8 in IN_INT8.items() if type(self) is int8)
         self.__class__ = floats
 
     def prepared_bytes(self) -> int:
@@ -82,6 +85,33 @@ class Int8SameConv2d(Int8Conv2d, SameConv2d):
     """The same in 8 bits."""
 
 
+def require_same_modules(root: nn.Module, modules: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Refuse a network in 8 bits of which a module was replaced.
+
+    Args:
+        root: The network.
+        modules: Each module in it with the children it had.
+
+    Raises:
+        RuntimeError: If one has others.
+    """
+    for module, children in modules:
+        if module._modules != children:
+            raise RuntimeError(
+                f"the modules of {type(root).__name__} must stay those that were calibrated, got others in "
+                f"{type(module).__name__} (weights may change); call optimize_for_inference on the changed model"
+            )
+
+
+def require_own_class(layer: nn.Module, floats: type[nn.Module] | None) -> None:
+    """Refuse a layer that has become another since it was made: one with parametrizations, say."""
+    if floats is None:
+        raise ValueError(
+            f"optimize_for_inference takes int8 copies with the layers it made, got a {type(layer).__name__}; remove "
+            f"its parametrizations, or begin with the model itself"
+        )
+
+
 IN_INT8: Final[dict[type[FoldedConv2d], type[Int8Conv2d]]] = {FoldedConv2d: Int8Conv2d, SameConv2d: Int8SameConv2d}
 """What each class of an inference copy becomes."""
 
@@ -109,15 +139,6 @@ def output_size(conv: FoldedConv2d, x: Tensor) -> list[int]:
     return [(size + 2 * padding - reach) // stride + 1 for size, padding, reach, stride in walks]
 
 
-class _Source(NamedTuple):
-    """What an 8-bit weight was made from, held so that no other tensor can take its place in memory."""
-
-    weight: Tensor | None
-    bias: Tensor
-    values: tuple[object, ...]
-    held: tuple[Tensor, ...]
-
-
 class Kernel:
     """A convolution at one place of the network.
 
@@ -141,7 +162,7 @@ class Kernel:
     ) -> None:
         self.module, self.of_x, self.act, self.of_out, self.of_residual = module, of_x, act, of_out, of_residual
         self.means = means
-        self._source: _Source | None = None
+        self._source: Source | None = None
         self._weight: Int8Weight | None = None
         self._packs: OrderedDict[torch.Size, Int8Weight] = OrderedDict()
         self._once: torch.Size | None = None
@@ -150,9 +171,7 @@ class Kernel:
         """Write the weight in 8 bits anew where it has changed since; the ranges stay."""
         module, source = self.module, self._source
         parameters = module._parameters
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        is_same = source is not None and source.weight is weight and source.bias is bias
-        if is_same and source.values == _values(weight, bias):  # type: ignore[union-attr]
+        if source is not None and source.is_still(parameters.get("weight"), parameters.get("bias")):
             return
         with turn, torch.inference_mode(False), torch.no_grad():
             self._packs.clear()
@@ -204,19 +223,5 @@ class Kernel:
             return weight
 
     def _remember(self) -> None:
-        weight, bias = self.module._parameters.get("weight"), self.module._parameters["bias"]
-        assert bias is not None
-        held = tuple(each.detach() for each in (weight, bias) if each is not None)
-        self._source = _Source(weight, bias, _values(weight, bias), held)
-
-
-def _values(weight: Tensor | None, bias: Tensor | None) -> tuple[object, ...]:
-    """Where the tensors lie and how often they were written; something new at every call where nobody counts that."""
-    assert bias is not None
-    if bias.requires_grad or bias.is_inference():
-        return (object(),)
-    if weight is None:
-        return (bias.data_ptr(), bias._version)
-    if weight.requires_grad or weight.is_inference():
-        return (object(),)
-    return (weight.data_ptr(), weight._version, bias.data_ptr(), bias._version)
+        parameters = self.module._parameters
+        self._source = Source.of(parameters.get("weight"), parameters["bias"])

@@ -4,14 +4,16 @@ Each writes its input in codes and gives floats. Of the two layers of an MLP the
 the second takes them.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.engine import switch
-from backbone.engine.calls import compute_dtype, has_hook, is_plain, is_watched, needs_grad
-from backbone.engine.folded import FoldedConv2d, MayDropWeight, QuickLinear, turn
+from backbone.engine.calls import compute_dtype, has_hook, is_autocast, is_plain, is_watched, needs_grad
+from backbone.engine.folded import FoldedConv2d, MayDropWeight, QuickLinear, remember_holder, turn
 from backbone.engine.int8 import (
     Codes,
     Gelu,
@@ -24,6 +26,14 @@ from backbone.engine.int8 import (
     packed_linear,
     unpacked_linear,
 )
+from backbone.inference.int8.kernel import require_own_class
+from backbone.inference.int8.source import Source
+
+_OWNED: Final = tuple(
+    (owner, name, getattr(owner, name))
+    for owner, name in ((nn.GELU, "forward"), (nn.Linear, "forward"), (F, "gelu"), (F, "linear"))
+)
+"""What is not called where 8 bits stand in. A tool that counts or explains may put something else in its place."""
 
 _GELUS: Final[dict[str, Gelu]] = {
     "timm.layers.activations.GELU": "none",
@@ -45,15 +55,6 @@ class Written(NamedTuple):
     means: Means
 
 
-class _Source(NamedTuple):
-    """What an 8-bit weight was made from, held so that no other tensor can take its place in memory."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    values: tuple[object, ...]
-    held: tuple[Tensor, ...]
-
-
 def rows_of(x: Tensor, layer: object) -> Tensor:
     """Return what ``layer`` takes, (..., C) or features (N, C, H, W) of a convolution, as rows (M, C)."""
     return (x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else x).reshape(-1, _channels(x, layer))
@@ -70,6 +71,11 @@ def _like(x: Tensor, rows: Tensor, layer: object) -> Tensor:
     return rows.view(*x.shape[:-1], -1)
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """What is written in 8 bits is not to be rounded to another dtype before."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
+
+
 class InRows(MayDropWeight):
     """What both kinds of layers have in common."""
 
@@ -77,24 +83,27 @@ class InRows(MayDropWeight):
     written: Written
     keep_weight: bool
     _int8: Int8Weight | None = None
-    _source: _Source | None = None
+    _source: Source | None = None
     _dropped_dtype: torch.dtype = torch.float32
 
     def takes(self, x: Tensor) -> bool:
         """Whether 8 bits may stand in for the layer's floats: nobody watches, and no gradient is wanted."""
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if is_watched(x) or x.device.type != "cpu" or not x.is_floating_point():
             return False
-        if weight is None and not self._is_packed_only():  # pruned, say
+        if any(getattr(owner, name) is not own for owner, name, own in _OWNED):
+            return False
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if "bias" not in self._parameters or (weight is None and not self._is_packed_only()):  # pruned, say
             return False
         return all(each is None or is_plain(each) for each in (weight, bias)) and not needs_grad(x, weight, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the layer in floats."""
-        if not self.takes(x):
-            return super().forward(x)  # type: ignore[no-any-return]
-        with torch.no_grad():
-            return _like(x, self.product(self.codes_of(x), None, None), self).to(compute_dtype(x))
+        if not self.takes(input):
+            return super().forward(input)  # type: ignore[no-any-return]
+        with torch.no_grad(), _without_autocast(input):
+            out = _like(input, self.product(self.codes_of(input), None, None), self)
+        return out.to(compute_dtype(input))
 
     def followed_by(self, act: nn.Module, last: nn.Module, x: Tensor) -> Tensor | None:
         """Return ``last(act(self(x)))``, with codes in between; None where the modules are to be called."""
@@ -103,9 +112,10 @@ class InRows(MayDropWeight):
             return None
         if not self.takes(x) or not last.takes(x) or any(map(has_hook, (self, act, last))):
             return None
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(x):
             hidden = self.product(self.codes_of(x), gelu, last.written.codes)
-            return _like(x, last.product(hidden, None, None), last).to(compute_dtype(x))
+            out = _like(x, last.product(hidden, None, None), last)
+        return out.to(compute_dtype(x))
 
     def codes_of(self, x: Tensor) -> Tensor:
         """Return the input in codes (M, C_in)."""
@@ -125,6 +135,7 @@ class InRows(MayDropWeight):
 
     def plain_again(self) -> None:
         """Become the layer of a float copy again, in place."""
+        require_own_class(self, self.in_floats if type(self) in IN_ROWS.values() else None)
         self._restore()
         for name in ("written", "_int8", "_source"):
             self.__dict__.pop(name, None)
@@ -138,22 +149,19 @@ class InRows(MayDropWeight):
         """Return the weight in 8 bits, written anew where it has changed since; the ranges stay."""
         int8, source, bias = self._int8, self._source, self._parameters.get("bias")
         weight = self._parameters.get("weight") if int8 is not None else self.weight  # floats may have dropped it
-        values = _values(weight, bias)
-        if int8 is not None and source is not None:
-            if source.weight is weight and source.bias is bias and source.values == values:
-                return int8
-            if weight is None:  # held here alone: only the bias has changed
-                given = int8.bias.new_zeros(len(int8.bias)) if bias is None else bias.detach().float()
-                int8 = int8._replace(bias=given + int8.correction)
+        if int8 is not None and source is not None and source.is_still(weight, bias):
+            return int8
         if weight is not None:
             int8 = in_8_bits(weight, bias, self.written)
             if not self.keep_weight:
                 self._dropped_dtype = weight.dtype
                 self._parameters.pop("weight")
-        assert int8 is not None
-        kept = self._parameters.get("weight")
-        held = tuple(each.detach() for each in (kept, bias) if each is not None)
-        self._int8, self._source = int8, _Source(kept, bias, _values(kept, bias), held)
+        else:  # held in 8 bits alone: only the bias has changed
+            assert int8 is not None
+            given = torch.zeros_like(int8.bias) if bias is None else bias.detach().float()
+            int8 = int8._replace(bias=given + int8.correction)
+        self._int8, self._source = int8, Source.of(self._parameters.get("weight"), bias)
+        remember_holder(self)
         return int8
 
     def _is_packed_only(self) -> bool:
@@ -214,11 +222,3 @@ def gelu_of(act: nn.Module) -> Gelu | None:
     if type(act) is nn.GELU:
         return act.approximate  # type: ignore[return-value]
     return _GELUS.get(f"{type(act).__module__}.{type(act).__qualname__}")
-
-
-def _values(weight: Tensor | None, bias: Tensor | None) -> tuple[object, ...]:
-    """Where the tensors lie and how often they were written; something new at every call where nobody counts that."""
-    tensors = [each for each in (weight, bias) if each is not None]
-    if any(each.requires_grad or each.is_inference() for each in tensors):
-        return (object(),)
-    return tuple((each.data_ptr(), each._version) for each in tensors)

@@ -15,11 +15,12 @@ from backbone.engine import switch
 from backbone.engine.calls import has_hook, is_watched, needs_grad
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.int8 import has_int8, has_int8_linear, why_no_int8, why_no_int8_linear
+from backbone.engine.known import mlp_of
 from backbone.engine.torch_internals import is_any_hooked
 from backbone.features import Backbone, input_channels, require_images
-from backbone.inference.int8.by_module import LayerObserver, Layers
+from backbone.inference.int8.by_module import LayerObserver, Layers, called_by_module
 from backbone.inference.int8.calibration import Calibration, Observer, calibrate
-from backbone.inference.int8.kernel import IN_INT8, Int8Conv2d
+from backbone.inference.int8.kernel import IN_INT8, Int8Conv2d, require_same_modules
 from backbone.inference.int8.linear import InRows
 from backbone.inference.int8.program import Program
 from backbone.inference.int8.tracing import Network, fold_by_flow, trace
@@ -79,12 +80,7 @@ class Int8Method:
         if is_watched(images) or needs_grad(images, *trained) or is_any_hooked(self._inner):
             return getattr(type(root), root.traced_method)(root, images)
         require_images(images, input_channels(root))
-        for module, children in self._modules:
-            if module._modules != children:
-                raise RuntimeError(
-                    f"the modules of {type(root).__name__} must stay those that were calibrated, got others in "
-                    f"{type(module).__name__} (weights may change); call optimize_for_inference on the changed model"
-                )
+        require_same_modules(root, self._modules)
         return self._ready().run(images, kernels=switch.is_on() and has_int8() and images.device.type == "cpu")
 
     @property
@@ -116,6 +112,10 @@ def in_floats_again(model: nn.Module) -> None:
     """Turn what computes in 8 bits in ``model`` into an inference copy in floats, in place."""
     for method in int8_methods(model):
         delattr(method.root, method.root.traced_method)
+    for module in called_by_module(model):
+        known = mlp_of(module)
+        assert known is not None
+        module.__class__ = known.plain
     for module in model.modules():
         if isinstance(module, Int8Conv2d | InRows):
             module.plain_again()
@@ -208,6 +208,11 @@ def _by_module(
         calibration = calibrate(model, LayerObserver(layers), calibration)
     _require_same(layers.fingerprint, calibration)
     seen = {path: layer for path, layer in layers.layers.items() if path in calibration.errors}
+    if not seen:
+        raise ValueError(
+            f"dtype=torch.int8 needs linear layers that are called as modules, got {type(inner).__name__}, which calls "
+            f"none of its {len(layers.layers)}; use dtype=torch.bfloat16"
+        )
     choices = _choose(seen, calibration, max_error)
     in_int8 = frozenset(choice.name for choice in choices if choice.dtype == torch.int8)
     layers.convert(calibration, in_int8, keep_weights)

@@ -52,8 +52,6 @@ class Program:
             images: Floats.
             kernels: Whether oneDNN's kernels run, rather than the same arithmetic by torch.
         """
-        for kernel in self.kernels:
-            kernel.refresh()
         values: Values = {(self._network.images, "floats"): images}
         with torch.no_grad():
             if is_autocast(images):
@@ -64,6 +62,8 @@ class Program:
         return filled(self._network.result, lambda name: values[name, "floats"])
 
     def _run(self, values: Values, kernels: bool) -> None:
+        for kernel in self.kernels:
+            kernel.refresh()
         for place, compute, gone in self._lines:
             values[place] = compute(values, kernels)
             for each in gone:
@@ -148,10 +148,12 @@ class Program:
             name, form = place
             if form == "codes" or name not in kept:
                 self._lines[number][2].append(place)
+        slices = [step for step in self._network.steps if isinstance(step, Selection) and step.is_view]
+        shared = {name for step in slices for name in (step.x, step.out)}  # memory that has two names
         for number, (_, compute, _) in enumerate(self._lines):
             if isinstance(compute, _Convolution) and len(compute.reads) > 1:
                 x, residual = compute.reads
-                compute.reuses = last[residual] == number and residual != x
+                compute.reuses = last[residual] == number and residual != x and residual[0] not in shared
 
 
 class _Convolution:

@@ -20,7 +20,9 @@ from backbone.features import Backbone
 from backbone.inference.folding import constants_of, fold, remainder_of
 from backbone.inference.int8.kernel import SameConv2d, output_size
 
+_INPLACE_NAMES: Final = ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow")
 _ADDITIONS: Final = (operator.add, operator.iadd, torch.add)
+_IN_PLACE: Final = (operator.setitem, *(each for name, each in vars(operator).items() if name in _INPLACE_NAMES))
 _ACTIVATIONS: Final[dict[type[nn.Module], Activation]] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -95,6 +97,12 @@ class Call:
         """Return the names of the values it takes."""
         return names_in((self.args, self.kwargs))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle functions of torch by name: some are closures."""
+        name = next((name for name, each in vars(F).items() if each is self.target), None)
+        target = self.target if name is None else _Functional(name)
+        return _call, (self.out, target, self.args, self.kwargs, self.kind)
+
     def run(self, value_of: Callable[[str], Any]) -> Any:  # noqa: ANN401
         """Return what it computes of the values of other nodes."""
         args, kwargs = filled(self.args, value_of), filled(self.kwargs, value_of)
@@ -103,6 +111,17 @@ class Call:
         if self.kind == "call_method":
             return getattr(args[0], self.target)(*args[1:], **kwargs)
         return self.target(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Functional:
+    """Stands in a pickle for a function of ``torch.nn.functional``."""
+
+    name: str
+
+
+def _call(out: str, target: Any, args: Any, kwargs: Any, kind: str) -> Call:  # noqa: ANN401
+    return Call(out, getattr(F, target.name) if isinstance(target, _Functional) else target, args, kwargs, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +140,11 @@ class Selection:
     def out(self) -> str:
         """Name of the result."""
         return self.call.out
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the result may lie in the memory of ``x``."""
+        return self.call.target is operator.getitem
 
     def reads(self) -> list[str]:
         """Return the names of the values it takes."""
@@ -422,7 +446,11 @@ def _writes(root: nn.Module, node: fx.Node) -> bool:
     """Whether ``node`` changes its first input in place."""
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    return bool(getattr(_module(root, node), "inplace", False)) or node.target is operator.iadd
+    if node.op == "call_function":
+        name = str(getattr(node.target, "__name__", ""))
+        is_named_so = name.endswith("_") and not name.endswith("__")
+        return is_named_so or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
+    return bool(getattr(_module(root, node), "inplace", False))
 
 
 def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -88,12 +88,11 @@ class FusedConvNormAct(ConvNormAct):
 
 
 class FusedMlp(Mlp):
-    """The two linear layers of a transformer's or ConvNeXt's block; in 8 bits they are one operation."""
+    """The two linear layers of a transformer's or ConvNeXt's block in an int8 copy: one operation."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C), or features (N, C, H, W) where its layers are 1x1 convolutions."""
-        is_one = not self.training and are_idle(self.drop1, self.norm, self.drop2)
-        out = mlp(x, self.fc1, self.act, self.fc2) if is_one else None
+        out = mlp(x, self.fc1, self.act, self.fc2) if _is_chain(self) else None
         return super().forward(x) if out is None else out  # type: ignore[no-untyped-call]
 
 
@@ -178,7 +177,6 @@ FUSED: Final[dict[type[nn.Module], type[nn.Module]]] = {
     regnet.Bottleneck: FusedRegNetBottleneck,
     regnet.RegStage: FusedRegStage,
     ConvNormAct: FusedConvNormAct,
-    Mlp: FusedMlp,
 }
 """timm's classes and what they become; of a Sequential its children decide."""
 
@@ -196,6 +194,10 @@ def is_idle(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) in _DROPS and not module.training)
 
 
+def _is_chain(block: Mlp) -> bool:
+    return are_idle(block.drop1, block.norm, block.drop2)
+
+
 def _basic_parts(block: FusedBasicBlock) -> Parts | None:
     if not are_idle(block.drop_block, block.aa, block.se, block.drop_path):
         return None
@@ -209,7 +211,7 @@ def _bottleneck_parts(block: FusedBottleneck) -> Parts | None:
     return Parts(layers, (block.act1, block.act2, block.act3), block.downsample)
 
 
-register_mlp(FusedMlp, "fc1", "act", "fc2")
+register_mlp(Mlp, FusedMlp, ("fc1", "act", "fc2"), _is_chain)
 register_block(FusedBasicBlock, _basic_parts)
 register_block(FusedBottleneck, _bottleneck_parts)
 _BASIC: Final = (("conv1", "bn1"), ("conv2", "bn2"))
