@@ -4,10 +4,10 @@
     python tools/check_int8.py --name timm/convnext_tiny --photos folder --time 480 640
 
 A fifth of the photos is compared; random crops of the others, 100 in all, are the calibration. With ``--time`` our
-copies in float32, bf16 and int8 are timed, too, in shuffled rounds of one image.
+copies in float32, bf16 and int8, and int8 under autocast to bf16, are timed, too, in shuffled rounds of one image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,8 +67,14 @@ def main(
 
 @torch.inference_mode()
 def print_times(copies: Mapping[str, Any], image: Tensor, rounds: int) -> None:
-    """Print the median of each copy, and its ratio to that of the last."""
-    runs = {name: partial(copy, image) for name, copy in copies.items()}
+    """Print the median of each copy, and its ratio to that of the one in int8."""
+    runs: dict[str, Callable[[], object]] = {name: partial(copy, image) for name, copy in copies.items()}
+
+    def autocast() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            copies["torch.int8"](image)
+
+    runs["torch.int8, autocast"] = autocast
     times = list(time_rounds("cpu", runs, rounds))
     for name in runs:
         low, median, high = quartiles([1e3 * each[name] for each in times])
