@@ -1,4 +1,4 @@
-"""One convolution in 8 bits: weights of signed integers, activations of unsigned ones, sums of 32 bits.
+"""A convolution or a matrix product in 8 bits: signed weights, unsigned activations, sums of 32 bits.
 
 A code ``q`` of an activation stands for ``scale * (q - zero_point)``, one of a weight for its channel's scale times it.
 oneDNN multiplies the codes and ends in bias, residual, activation and rounding, in one kernel. Where that kernel is
@@ -49,7 +49,7 @@ class Codes(NamedTuple):
 
 
 class Means(NamedTuple):
-    """What a convolution's input is on average, by channel (C_in,).
+    """What a layer's input is on average, by channel (C_in,).
 
     Attributes:
         value: The mean.
@@ -61,7 +61,7 @@ class Means(NamedTuple):
 
 
 class Int8Weight(NamedTuple):
-    """A convolution's weight in 8 bits.
+    """The weight of a convolution, or of a linear layer as a 1x1 one, in 8 bits.
 
     Attributes:
         values: (C_out, C_in / groups, kh, kw), int8 from -127 to 127, as it is or in its kernel's layout.

@@ -124,7 +124,7 @@ class InRows(MayDropWeight):
     def product(self, codes: Tensor, gelu: Gelu | None, of_out: Codes | None) -> Tensor:
         """Codes (M, C_in) -> codes or float32 (M, C_out)."""
         kernels = switch.is_on() and has_int8_linear()
-        with turn, torch.inference_mode(False):
+        with turn, torch.inference_mode(False), torch.no_grad():
             weight = self._weight_in_8_bits()
             is_packed = weight.values.layout is not torch.strided
             if kernels and not is_packed:

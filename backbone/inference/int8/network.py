@@ -143,7 +143,7 @@ def compute_in_int8(
     Args:
         model: An inference copy in floats: a backbone, or what holds one.
         calibration: Batches of images as ``model`` takes them, or what earlier ones showed, or a file of that.
-        max_error: Largest error of a convolution that computes in 8 bits.
+        max_error: Largest error of a layer that computes in 8 bits.
         keep_weights: Whether plain weights stay beside those in 8 bits.
 
     Raises:
