@@ -61,6 +61,8 @@ def mlp(x: Tensor, first: nn.Module, act: nn.Module, last: nn.Module) -> Tensor 
 class MayDropWeight(nn.Module):
     """A layer whose plain weight may be dropped where it is held in another form; it is there again for who asks."""
 
+    keep_weight: bool
+
     def prepared_bytes(self) -> int:
         """Return the bytes kept beside the parameters."""
         return 0
@@ -85,12 +87,14 @@ class MayDropWeight(nn.Module):
             self._forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._restore()
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        with turn:  # or another thread drops it again before
+            self._restore()
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        self._restore()
-        super()._load_from_state_dict(*args, **kwargs)
+        with turn:
+            self._restore()
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with turn:
@@ -99,14 +103,19 @@ class MayDropWeight(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        if name == "weight" and self._is_packed_only():
+        if name != "weight" or not self._is_packed_only():
+            return super().__getattr__(name)
+        with turn:
             self._restore()  # who asks may edit it
-        return super().__getattr__(name)
+            return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        if name == "weight" and self._is_packed_only():
+        if name != "weight" or not self._is_packed_only():
+            super().__setattr__(name, value)
+            return
+        with turn:
             self._restore()
-        super().__setattr__(name, value)
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Have the plain weight in it."""

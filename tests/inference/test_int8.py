@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import build, randomise_norms, relative_error
 from torch import Tensor, nn
+from torch.nn.utils.prune import random_unstructured
 
 from backbone import Backbone, FeaturePyramid, engine_enabled, optimize_for_inference
 from backbone.engine import int8 as engine_int8
@@ -698,12 +699,38 @@ class Steps(Backbone):
         if self.kind == "an enlarged map":
             return {"c1": self.c(F.interpolate(self.a(y)[..., ::2, ::2], y.shape[-2:])) + y}
         y = self.a(y)
-        F.relu(y, inplace=True) if self.kind == "in place by keyword" else torch.relu_(y)
+        if self.kind == "in place by keyword":
+            F.relu(y, inplace=True)
+        elif self.kind == "in place by name":
+            torch.relu_(y)
+        elif self.kind == "in place by a view":
+            F.relu(y.view(y.shape), inplace=True)
+        elif self.kind == "in place by a part":
+            y.chunk(2, 1)[0].mul_(0)
+        elif self.kind == "in place by a slice":
+            y[:, :4].add_(y[:, 4:])
+        elif self.kind == "in place by out":
+            torch.add(y, 3, out=y)
+        else:
+            z = y
+            z += 3
         return {"c1": self.b(y)}
 
 
 @pytest.mark.parametrize(
-    "kind", ["a slice that crops nothing", "a slice", "an enlarged map", "in place by keyword", "in place by name"]
+    "kind",
+    [
+        "a slice that crops nothing",
+        "a slice",
+        "an enlarged map",
+        "in place by keyword",
+        "in place by name",
+        "in place by a view",
+        "in place by a part",
+        "in place by a slice",
+        "in place by out",
+        "in place by an alias",
+    ],
 )
 @torch.no_grad()
 def test_values_that_others_read_stay_theirs(kind: str) -> None:
@@ -717,6 +744,32 @@ def test_values_that_others_read_stay_theirs(kind: str) -> None:
         return
     for _ in range(3):
         assert cosine(fast(images)["c1"], model(images)["c1"]) > 0.998
+
+
+def prune_weight(conv: nn.Module) -> None:
+    random_unstructured(conv, "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def test_a_layer_that_is_pruned_after_the_first_call_is_pruned() -> None:
+    model, images = trained(out_features=["c2"]), batches()[0]
+    floats: Any = optimize_for_inference(model)
+    fast = in_int8(model)
+    fast(images)
+    for network in (floats, fast):
+        torch.manual_seed(0)
+        prune_weight(network.layer1[0].conv1)
+    assert cosine(fast(images)["c2"], floats(images)["c2"]) > 0.999
+
+
+def test_a_trainable_weight_is_not_dropped() -> None:
+    fast, images = in_int8(trained(), keep_weights=False), batches()[0]
+    weight = fast.conv1.weight.requires_grad_(True)
+    with torch.no_grad():
+        fast(images)
+    fast(images)["c5"].mean().backward()
+    assert fast.conv1.weight is weight
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize("extra_levels", ["maxpool", "p6p7"])

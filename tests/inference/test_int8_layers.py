@@ -262,6 +262,7 @@ def test_pruned_and_parametrised_layers_compute_in_floats(change: Callable[..., 
     model, inputs = blocks(), images()[0]
     model.alone.bias.fill_(5.0)
     fast = in_int8(model)
+    fast(inputs)
     torch.manual_seed(1)
     change(model.alone, name)
     again = in_int8(model)
@@ -318,11 +319,15 @@ def test_gradients_and_traces_are_those_of_floats() -> None:
             assert relative_error(form(inputs)["c2"], model(inputs)["c2"]) < 1e-5
 
 
-def test_trained_weights_are_seen() -> None:
-    fast, inputs = in_int8(blocks()), images()[0]
-    fast.mlp.fc1.weight.requires_grad_(True)
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_trained_weights_are_seen(keep_weights: bool) -> None:
+    fast, inputs = in_int8(blocks(), keep_weights=keep_weights), images()[0]
+    weight = fast.mlp.fc1.weight.requires_grad_(True)
+    with torch.no_grad():
+        fast(inputs)
     fast(inputs)["c2"].mean().backward()
-    assert fast.mlp.fc1.weight.grad is not None
+    assert fast.mlp.fc1.weight is weight
+    assert weight.grad is not None
     with torch.no_grad():
         fast(inputs)
         fast.mlp.fc1.weight.mul_(-1.0)
@@ -414,6 +419,57 @@ def test_without_plain_weights_a_copy_holds_a_quarter(make: Callable[[], nn.Modu
     for copied in (pickled(fast), copy.deepcopy(fast)):
         again, expected = copied(inputs), fast(inputs)
         assert max(relative_error(again[level], expected[level]) for level in expected) < 5e-3
+
+
+@torch.no_grad()
+def test_without_plain_weights_a_trace_leaves_the_copy_as_it_was() -> None:
+    model, inputs = blocks(), images()[0]
+    fast = in_int8(model, keep_weights=False)
+    expected = fast(inputs)["c2"]
+    forms: list[Any] = [torch.export.export(fast, (inputs,)).module()]
+    forms.append(torch.compile(fast, backend="eager", fullgraph=True))
+    for form in forms:
+        assert relative_error(form(inputs)["c2"], model(inputs)["c2"]) < 0.02  # of weights that went through 8 bits
+    assert torch.equal(fast(inputs)["c2"], expected)
+    assert all(type(value) is Tensor for value in fast.state_dict().values())
+
+
+@torch.no_grad()
+def test_without_plain_weights_threads_may_look_at_them() -> None:
+    fast, inputs = in_int8(blocks(), keep_weights=False), images()[0]
+    expected = fast(inputs)["c2"]
+
+    def work(number: int) -> bool:
+        if number % 3 == 0:
+            return fast.alone.weight.shape == (8, 16) and "alone.weight" in fast.state_dict()
+        return relative_error(fast(inputs)["c2"], expected) < 5e-3
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(600)))
+
+
+class Shared(Backbone):
+    """Two MLPs of 1x1 convolutions with one first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 16, 4, 4), nn.GroupNorm(2, 16)
+        self.a, self.b = timm_mlp.Mlp(16, 32, use_conv=True), timm_mlp.Mlp(16, 32, use_conv=True)
+        self.b.fc1 = self.a.fc1
+        self.in_channels = 3
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.norm(self.patch(images))
+        return {"c2": x + self.a(x) + self.b(x)}
+
+
+@torch.no_grad()
+def test_a_layer_in_two_mlps() -> None:
+    torch.manual_seed(0)
+    model, inputs = Shared().eval(), images()[0]
+    fast = in_int8(model)
+    assert [choice.name for choice in fast.optimization.int8] == ["a.fc1", "a.fc2", "b.fc2"]
+    assert cosine(fast(inputs)["c2"], model(inputs)["c2"]) > 0.999
 
 
 @pytest.mark.parametrize("make", [blocks, lambda: uneven(build("timm/convnext_atto"))], ids=["linear", "1x1"])

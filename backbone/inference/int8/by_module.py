@@ -46,9 +46,11 @@ class Layers:
         self.layers: dict[str, Layer] = {}
         self.hidden: dict[str, tuple[str, Gelu]] = {}
         self._mlps: list[tuple[nn.Module, set[str]]] = []
-        for path, module in root.named_modules():
-            if type(module) is QuickLinear and _has_weight(module):
-                self.layers[path] = module
+        modules = dict(root.named_modules())
+        self.layers.update(
+            {path: each for path, each in modules.items() if type(each) is QuickLinear and _has_weight(each)}
+        )
+        for path, module in modules.items():
             known = mlp_of(module)
             if known is not None:
                 self._add_mlp(path, module, known)
@@ -57,10 +59,11 @@ class Layers:
         first, act, last = (module.get_submodule(name) for name in known.parts)
         paths = [f"{path}.{known.parts[0]}", f"{path}.{known.parts[2]}"]
         for each, layer in zip(paths, (first, last), strict=True):
-            if type(layer) is FoldedConv2d and _is_pointwise(layer):
+            is_new = not any(layer is other for other in self.layers.values())
+            if is_new and type(layer) is FoldedConv2d and _is_pointwise(layer):
                 self.layers[each] = layer
         gelu = gelu_of(act)
-        if gelu is not None and type(first) is type(last) and known.is_chain(module):
+        if gelu is not None and self.layers.keys() >= set(paths) and known.is_chain(module):
             self.hidden[paths[1]] = paths[0], gelu
             self._mlps.append((module, set(paths)))
 
@@ -74,6 +77,8 @@ class Layers:
         """Let the layers at ``paths`` compute in 8 bits, in place."""
         for path in paths:
             layer: Any = self.layers[path]
+            if isinstance(layer, FoldedConv2d):
+                layer.forget_shapes()  # those of calibration images
             layer.__class__ = IN_ROWS[type(layer)]
             layer.written, layer.keep_weight = written_of(calibration, path), keep_weights
         for module, of_mlp in self._mlps:

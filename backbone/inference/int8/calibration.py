@@ -22,6 +22,7 @@ from backbone.inference.int8.tracing import Conv, Network, Selection, Shape, fil
 
 _KEPT_IMAGES: Final = 8
 _FORMAT: Final = 1
+_SAME: Final = 1e-3  # of the norm: other kernels round otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,9 @@ class Observer:
         require_images(images, input_channels(self.root))
         self._require_same_shapes(images)
         values = self._run(images, self._count)
+        if not self.num_images:
+            with torch.inference_mode(False), torch.no_grad():
+                self._require_pure_steps(images.clone())
         self.num_images += len(images)
         missing = _KEPT_IMAGES - sum(map(len, self._kept))
         if missing > 0:
@@ -191,6 +195,32 @@ class Observer:
             self._named, self._inputs = _named(self.network), {step.x for step in self.network.convs()}
             self._require_same_shapes(images)  # the other side's convolution may take the sum along now
 
+    def _require_pure_steps(self, images: Tensor) -> None:
+        """Refuse a network that writes into a value by way of another, or otherwise does more than its steps say.
+
+        Raises:
+            ValueError: If a value changes before its last reader, or the modules' own result is another.
+        """
+        network, root = self.network, self.root
+        kept, versions = set(names_in(network.result)), dict[str, int]()
+        order = {step.out: number for number, step in enumerate(network.steps)}
+        last_read = {name: order[step.out] for step in network.steps for name in step.reads()}
+
+        def see(name: str, values: dict[str, Any]) -> None:
+            now = order.get(name, -1)
+            for other, version in versions.items():
+                is_read_again = other in kept or last_read.get(other, -1) > now
+                if is_read_again and other in values and values[other]._version != version:
+                    raise ValueError(_overwritten(root, other))
+            if isinstance(values[name], Tensor):
+                versions[name] = values[name]._version
+
+        result = filled(network.result, self._run(images, see).__getitem__)
+        own = getattr(type(root), root.traced_method)(root, images)
+        for name, step, value in zip(names_in(network.result), _tensors(result), _tensors(own), strict=True):
+            if (step - value).norm() > _SAME * value.norm():
+                raise ValueError(_overwritten(root, name))
+
     def _means(self, codes: Mapping[str, Codes]) -> dict[str, Means]:
         """Return the mean of each convolution's input, and what codes lose of it on the images that were kept."""
         inputs = {step.x for step in self.network.convs()}
@@ -224,6 +254,20 @@ class Observer:
         for images in self._kept:
             self._run(images, see)
         return {path: math.sqrt(wrong / right) if right else 0.0 for path, (wrong, right) in squares.items()}
+
+
+def _overwritten(root: Backbone, name: str) -> str:
+    return (
+        f"dtype=torch.int8 needs values that no other step overwrites, got a {type(root).__name__} that writes into "
+        f"{name} by way of another; use dtype=torch.bfloat16"
+    )
+
+
+def _tensors(result: Any) -> list[Tensor]:  # noqa: ANN401
+    """Return the tensors in containers of a network's own, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [each for part in (result.values() if isinstance(result, Mapping) else result) for each in _tensors(part)]
 
 
 def _named(network: Network) -> set[str]:

@@ -24,6 +24,7 @@ class Int8Conv2d(FoldedConv2d):
     """
 
     _int8: Int8Weight | None = None
+    _holds_it_alone = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
@@ -38,8 +39,10 @@ class Int8Conv2d(FoldedConv2d):
         """Hold ``weight``, and where plain weights are not kept nothing else."""
         with turn:
             self._int8 = weight
-            if not self.keep_weight:
-                self._parameters.pop("weight", None)
+            plain = self._parameters.get("weight")
+            if not self.keep_weight and plain is not None and not plain.requires_grad:
+                self._parameters.pop("weight")
+                self._holds_it_alone = True
         remember_holder(self)
 
     def plain_again(self) -> None:
@@ -56,7 +59,7 @@ class Int8Conv2d(FoldedConv2d):
 
     def _is_packed_only(self) -> bool:
         has_weight = "weight" in self._parameters or "weight" in self.__dict__
-        return (not has_weight and self._int8 is not None) or super()._is_packed_only()
+        return (not has_weight and self._holds_it_alone) or super()._is_packed_only()
 
     def _unpacked(self) -> Tensor:
         int8 = self._int8
@@ -66,11 +69,11 @@ class Int8Conv2d(FoldedConv2d):
 
     def _forget(self) -> None:
         super()._forget()
-        self._int8 = None
+        self._int8, self._holds_it_alone = None, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is held in 8 bits; the weight it stands for is there."""
-        return {**super().__getstate__(), "_int8": None}
+        return {**super().__getstate__(), "_int8": None, "_holds_it_alone": False}
 
 
 class SameConv2d(FoldedConv2d):

@@ -84,11 +84,13 @@ class InRows(MayDropWeight):
     keep_weight: bool
     _int8: Int8Weight | None = None
     _source: Source | None = None
-    _dropped_dtype: torch.dtype = torch.float32
+    _held_alone: torch.dtype | None = None  # of a weight that is held in 8 bits alone
 
     def takes(self, x: Tensor) -> bool:
         """Whether 8 bits may stand in for the layer's floats: nobody watches, and no gradient is wanted."""
         if is_watched(x) or x.device.type != "cpu" or not x.is_floating_point():
+            return False
+        if isinstance(self, nn.Conv2d) and x.ndim != 4:  # noqa: PLR2004
             return False
         if any(getattr(owner, name) is not own for owner, name, own in _OWNED):
             return False
@@ -137,13 +139,14 @@ class InRows(MayDropWeight):
         """Become the layer of a float copy again, in place."""
         require_own_class(self, self.in_floats if type(self) in IN_ROWS.values() else None)
         self._restore()
-        for name in ("written", "_int8", "_source"):
+        for name in ("written", "_int8", "_source", "_held_alone"):
             self.__dict__.pop(name, None)
         self.__class__ = self.in_floats  # type: ignore[assignment]
 
     def prepared_bytes(self) -> int:
         """Return the bytes kept beside the parameters."""
-        return 0 if self._int8 is None else sum(each.numel() * each.element_size() for each in self._int8)
+        held = 0 if self._int8 is None else sum(each.numel() * each.element_size() for each in self._int8)
+        return held + super().prepared_bytes()
 
     def _weight_in_8_bits(self) -> Int8Weight:
         """Return the weight in 8 bits, written anew where it has changed since; the ranges stay."""
@@ -153,8 +156,8 @@ class InRows(MayDropWeight):
             return int8
         if weight is not None:
             int8 = in_8_bits(weight, bias, self.written)
-            if not self.keep_weight:
-                self._dropped_dtype = weight.dtype
+            if not self.keep_weight and not weight.requires_grad:
+                self._held_alone = weight.dtype
                 self._parameters.pop("weight")
         else:  # held in 8 bits alone: only the bias has changed
             assert int8 is not None
@@ -166,31 +169,37 @@ class InRows(MayDropWeight):
 
     def _is_packed_only(self) -> bool:
         has_weight = "weight" in self._parameters or "weight" in self.__dict__
-        return (not has_weight and self._int8 is not None) or super()._is_packed_only()
+        return (not has_weight and self._held_alone is not None) or super()._is_packed_only()
 
     def _unpacked(self) -> Tensor:
         int8 = self._int8
-        if int8 is None:
+        if int8 is None or self._held_alone is None:
             return super()._unpacked()
         plain = int8 if int8.values.layout is torch.strided else unpacked_linear(int8)
         weight = plain.restored().flatten(1)
         weight = weight if self.written.per_channel is None else weight / self.written.per_channel
-        weight = weight.to(self._dropped_dtype)
+        weight = weight.to(self._held_alone)
         return weight[:, :, None, None] if isinstance(self, nn.Conv2d) else weight
 
     def _forget(self) -> None:
         super()._forget()
-        self._int8 = self._source = None
+        self._int8 = self._source = self._held_alone = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is made again."""
-        return {**super().__getstate__(), "_int8": None, "_source": None}
+        return {**super().__getstate__(), "_int8": None, "_source": None, "_held_alone": None}
 
 
 class Int8Linear(InRows, QuickLinear):
     """A linear layer in 8 bits: (..., C_in) -> (..., C_out)."""
 
     in_floats = QuickLinear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C_in) -> (..., C_out)."""
+        if self._is_packed_only() and not self.takes(input):  # a trace must not find another parameter afterwards
+            return F.linear(input, self._unpacked(), self.bias)
+        return super().forward(input)
 
 
 class Int8Pointwise(InRows, FoldedConv2d):

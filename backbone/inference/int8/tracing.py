@@ -11,7 +11,6 @@ from typing import Any, Final, TypeAlias, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from backbone.engine.calls import has_hook, is_plain
 from backbone.engine.folded import FoldedConv2d
@@ -36,6 +35,7 @@ _FUNCTIONS: Final[dict[object, Activation]] = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
+_LEVELS_ABOVE: Final = "torchvision.ops.feature_pyramid_network.ExtraFPNBlock"
 _SAME_CONV: Final = "timm.layers.conv2d_same.Conv2dSame"
 _DROPS: Final = (nn.Dropout, nn.Dropout2d)
 _DROPS_OF_TIMM: Final = ("DropPath", "DropBlock2d")
@@ -248,7 +248,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` is called as it is."""
-        if isinstance(m, ExtraFPNBlock):  # takes and returns lists
+        if any(_full_name(cls) == _LEVELS_ABOVE for cls in type(m).__mro__):  # takes and returns lists
             return False
         return isinstance(m, nn.Conv2d) or not any(
             isinstance(each, FoldedConv2d) or _is_same_conv(each) for each in m.modules()
@@ -320,9 +320,13 @@ def fold_by_flow(root: Backbone, keep_weights: bool) -> int:
 
 def _is_same_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """Whether ``module`` is timm's convolution that pads as TensorFlow does, with plain weights and no hooks."""
-    if module is None or f"{type(module).__module__}.{type(module).__qualname__}" != _SAME_CONV:
+    if module is None or _full_name(type(module)) != _SAME_CONV:
         return False
     return not has_hook(module) and all(map(is_plain, module.parameters()))
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
@@ -344,7 +348,7 @@ def _graph(root: Backbone) -> fx.Graph:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         conv = _module(root, node.args[0]) if _asks_for_shape(node) else None
-        if isinstance(conv, FoldedConv2d):
+        if isinstance(conv, FoldedConv2d) and len(node.args[0].args) == 1:
             with graph.inserting_before(node.args[0]):
                 shape = graph.call_function(_shape_after, (node.args[0].args[0], node.args[0].target))
             node.replace_all_uses_with(shape)

@@ -194,8 +194,11 @@ def is_idle(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) in _DROPS and not module.training)
 
 
+_FORWARD_OF_MLP: Final = Mlp.forward  # a tool may put another in its place
+
+
 def _is_chain(block: Mlp) -> bool:
-    return are_idle(block.drop1, block.norm, block.drop2)
+    return Mlp.forward is _FORWARD_OF_MLP and are_idle(block.drop1, block.norm, block.drop2)
 
 
 def _basic_parts(block: FusedBasicBlock) -> Parts | None:
