@@ -762,6 +762,19 @@ def test_a_layer_that_is_pruned_after_the_first_call_is_pruned() -> None:
     assert cosine(fast(images)["c2"], floats(images)["c2"]) > 0.999
 
 
+@torch.no_grad()
+def test_a_tensor_in_the_place_of_a_weight_is_the_one_that_computes() -> None:
+    fast, images = in_int8(trained(out_features=["c2"])), batches()[0]
+    fast(images)
+    conv, other = fast.layer1[0].conv1, copy.deepcopy(fast)
+    for factor in (-1.0, 0.5):
+        weight = conv._parameters.pop("weight") if "weight" in conv._parameters else conv.weight
+        conv.weight = weight.detach() * factor  # as replicas have it
+        other.layer1[0].conv1.weight.mul_(factor)
+        for _ in range(2):
+            assert cosine(fast(images)["c2"], other(images)["c2"]) > 0.9999
+
+
 def test_a_trainable_weight_is_not_dropped() -> None:
     fast, images = in_int8(trained(), keep_weights=False), batches()[0]
     weight = fast.conv1.weight.requires_grad_(True)

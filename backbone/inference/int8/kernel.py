@@ -174,12 +174,13 @@ class Kernel:
         """Write the weight in 8 bits anew where it has changed since; the ranges stay."""
         module, source = self.module, self._source
         parameters = module._parameters
-        if source is not None and source.is_still(parameters.get("weight"), parameters.get("bias")):
+        is_known = "weight" in parameters or module._is_packed_only()  # or it is a tensor that somebody put there
+        if is_known and source is not None and source.is_still(parameters.get("weight"), parameters.get("bias")):
             return
         with turn, torch.inference_mode(False), torch.no_grad():
             self._packs.clear()
             self._once = None
-            if "weight" not in module._parameters and module._int8 is not None:  # held by another call of this module
+            if module._is_packed_only() and module._int8 is not None:  # held by another call of this module
                 plain = module._int8
                 self._weight = plain._replace(bias=module.bias.detach().float() + plain.correction)  # type: ignore[union-attr]
             else:
@@ -227,4 +228,4 @@ class Kernel:
 
     def _remember(self) -> None:
         parameters = self.module._parameters
-        self._source = Source.of(parameters.get("weight"), parameters["bias"])
+        self._source = Source.of(parameters.get("weight"), parameters.get("bias"))
