@@ -307,13 +307,16 @@ def _onednn_multiplies_in_int8() -> bool:
     x, weight, scale, bias = _eight_bits()
     x, weight = x.flatten(2)[0].T.contiguous(), weight.flatten(1)[:, :8].contiguous()
     zeros = torch.zeros(8, dtype=torch.int32, device="cpu")
-    given = (x, 0.02, 13, ops["qlinear_prepack"](weight, None), scale, zeros, bias)
+    values = ops["qlinear_prepack"](weight, None)
+    given = (x, 0.02, 13, values, scale, zeros, bias)
     plain = F.linear((x.float() - 13) * 0.02, weight.float() * scale[:, None], bias)
     floats = ops["qlinear_pointwise"](*given, 1.0, 0, torch.float32, "none", [], "")
     step = float(plain.abs().max()) / 100
     codes = ops["qlinear_pointwise"](*given, step, 120, torch.uint8, "gelu", [], "none")
-    return _close(floats, plain, 1e-4 * float(plain.abs().max())) and _close(
-        codes.float(), (F.gelu(plain) / step).round() + 120, 1
+    return (
+        _close(floats, plain, 1e-4 * float(plain.abs().max()))
+        and _close(codes.float(), (F.gelu(plain) / step).round() + 120, 1)
+        and torch.equal(values.to_dense().T, weight)
     )
 
 

@@ -18,6 +18,7 @@ from backbone.inference.int8.calibration import Calibration, numbers
 from backbone.inference.int8.kernel import require_same_modules
 from backbone.inference.int8.linear import (
     IN_ROWS,
+    InRows,
     Layer,
     Written,
     as_linear,
@@ -88,13 +89,17 @@ class Layers:
         self.root.register_forward_pre_hook(RequireSame(self.root))
 
 
-def called_by_module(model: nn.Module) -> list[nn.Module]:
-    """Return the MLPs in ``model`` that ask the engine, and take the hooks of ``Layers.convert`` away."""
+def in_floats_again(model: nn.Module) -> None:
+    """Take back what ``Layers.convert`` did to ``model``, in place."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, RequireSame):
                 module._forward_pre_hooks.pop(key)
-    return [module for module in model.modules() if (known := mlp_of(module)) and type(module) is known.fused]
+        known = mlp_of(module)
+        if known is not None:
+            module.__class__ = known.plain
+        if isinstance(module, InRows):
+            module.plain_again()
 
 
 class RequireSame:

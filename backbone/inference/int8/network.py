@@ -15,13 +15,12 @@ from backbone.engine import switch
 from backbone.engine.calls import has_hook, is_watched, needs_grad
 from backbone.engine.folded import FoldedConv2d
 from backbone.engine.int8 import has_int8, has_int8_linear, why_no_int8, why_no_int8_linear
-from backbone.engine.known import mlp_of
 from backbone.engine.torch_internals import is_any_hooked
 from backbone.features import Backbone, input_channels, require_images
-from backbone.inference.int8.by_module import LayerObserver, Layers, called_by_module
+from backbone.inference.int8 import by_module
+from backbone.inference.int8.by_module import LayerObserver, Layers
 from backbone.inference.int8.calibration import Calibration, Observer, calibrate
 from backbone.inference.int8.kernel import IN_INT8, Int8Conv2d, require_same_modules
-from backbone.inference.int8.linear import InRows
 from backbone.inference.int8.program import Program
 from backbone.inference.int8.tracing import Network, fold_by_flow, trace
 
@@ -112,12 +111,9 @@ def in_floats_again(model: nn.Module) -> None:
     """Turn what computes in 8 bits in ``model`` into an inference copy in floats, in place."""
     for method in int8_methods(model):
         delattr(method.root, method.root.traced_method)
-    for module in called_by_module(model):
-        known = mlp_of(module)
-        assert known is not None
-        module.__class__ = known.plain
+    by_module.in_floats_again(model)
     for module in model.modules():
-        if isinstance(module, Int8Conv2d | InRows):
+        if isinstance(module, Int8Conv2d):
             module.plain_again()
 
 
